@@ -1,0 +1,1 @@
+"""Operators: pure functions on tensors, one folder each; torch and triton only."""

@@ -1,0 +1,62 @@
+"""Rotary position embedding (Su et al. 2021), half-split convention: channel i turns with channel i + d/2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from farspan.layers.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How fast each channel pair turns.
+
+    theta: base of the default frequencies, theta ** (-2i / head_dim).
+    frequencies: radians per position of the first channel pairs, in place of the default ones (scaled or partial
+    variants); pairs beyond them do not turn.
+    scale: factor on cos and sin (the attention temperature of YaRN and LongRoPE).
+    """
+
+    theta: float = 10_000.0
+    frequencies: tuple[float, ...] | None = None
+    scale: float = 1.0
+
+    def pairs(self, head_dim: int) -> tuple[float, ...]:
+        """Radians per position for each turning pair of a head of `head_dim` channels."""
+        if self.frequencies is None:
+            if head_dim % 2:
+                raise ValueError(
+                    f"head_dim={head_dim} must be even for rotary positions; use rope: none or another width"
+                )
+            return tuple(self.theta ** (-i / head_dim) for i in range(0, head_dim, 2))
+        if 2 * len(self.frequencies) > head_dim:
+            raise ValueError(
+                f"rope has {len(self.frequencies)} frequencies, a head of {head_dim} channels takes half that"
+            )
+        return self.frequencies
+
+
+def rope_tables(sequence: Sequence, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, [tokens, 1, pairs], for every token's position; fp32, or float64 for float64 inputs.
+
+    Angles are formed in float64: at a position of a million an fp32 angle is off by 0.06 radians.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def build() -> tuple[torch.Tensor, torch.Tensor]:
+        frequencies = torch.tensor(rope.pairs(head_dim), dtype=torch.float64, device=sequence.positions.device)
+        angles = sequence.positions[:, None, None].double() * frequencies
+        return (angles.cos() * rope.scale).to(wide), (angles.sin() * rope.scale).to(wide)
+
+    return sequence.table((rope, head_dim, wide), build)
+
+
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [..., tokens, heads, head_dim] turned by the tables of `rope_tables`: computed in fp32, returned as x's dtype."""
+    cos, sin = tables
+    pairs = cos.shape[-1]
+    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat([part.to(x.dtype) for part in turned] + ([rest] if rest.shape[-1] else []), dim=-1)

@@ -1,0 +1,91 @@
+"""Softmax attention over the whole document: the baseline of everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from farspan.kernels.softmax import attention_step, softmax_attention, write_slots
+from farspan.layers.attention import Projections
+from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
+from farspan.layers.rotary import Rope
+from farspan.layers.sequence import Sequence
+
+# A cache grows by this many slots: copying it then costs under 2 % of reading it at every token.
+CACHE_BLOCK = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxOptions(GroupedOptions):
+    """rope: rotary positions, None for none. qk_norm: RMSNorm on every query and key head (before rotation)."""
+
+    rope: Rope | None = Rope()  # noqa: RUF009 (frozen)
+    qk_norm: bool = False
+
+
+@register("softmax", SoftmaxOptions)
+class Softmax(Mixer):
+    """Grouped-query causal attention. State: every key and value so far, in a cache that grows by blocks."""
+
+    def __init__(self, options: SoftmaxOptions) -> None:
+        super().__init__(options)
+        self.projections = Projections(options, options.rope, options.qk_norm)
+
+    def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
+        q, k, v = self.projections(x, sequence)
+        return Mixed(self.projections.merge(self.core(q, k, v, sequence, state)))
+
+    def core(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
+    ) -> torch.Tensor:
+        """q: [1, T, H, D]; k, v: [1, T, Hk, D]. Returns [1, T, H, D]; appends k and v to the state."""
+        if state is None:
+            return self._attend(q, k, v, sequence)
+        before = None
+        if not sequence.fresh and not sequence.single_tokens:
+            before = tuple((state["key"][row, :n], state["value"][row, :n]) for row, n in enumerate(sequence.offsets))
+        for name, new in (("key", k), ("value", v)):
+            cache = _reserve(state[name], max(sequence.totals))
+            state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
+        if sequence.single_tokens:
+            return attention_step(q.transpose(0, 1), state["key"], state["value"], sequence.positions + 1).transpose(
+                0, 1
+            )
+        return self._attend(q, k, v, sequence, before)
+
+    def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
+        return softmax_attention(
+            q, k, v, sequence.lengths, sequence.cu_seqlens, initial_state=before, backend=self.options.backend
+        )[0]
+
+    def new_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        shape = (batch, 0, self.options.kv_heads, self.options.head_dim)
+        place = self._place(device, dtype)
+        return {
+            "key": torch.zeros(shape, **place),
+            "value": torch.zeros(shape, **place),
+            "position": torch.zeros(batch, dtype=torch.int64),
+        }
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
+        item = self._place(None, dtype)["dtype"].itemsize
+        return _capacity(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
+
+    def flops(self, length: int, causal: bool = True) -> float:
+        keys = (length + 1) / 2 if causal else length
+        return self.projections.flops() + 4 * self.options.heads * self.options.head_dim * keys
+
+
+def _capacity(length: int) -> int:
+    return -(-length // CACHE_BLOCK) * CACHE_BLOCK
+
+
+def _reserve(cache: torch.Tensor, length: int) -> torch.Tensor:
+    """The cache [B, capacity, Hk, D] with room for `length` tokens a row."""
+    extra = _capacity(length) - cache.shape[1]
+    if extra <= 0:
+        return cache
+    return torch.cat([cache, cache.new_zeros(cache.shape[0], extra, *cache.shape[2:])], dim=1)

@@ -1,0 +1,114 @@
+"""Softmax attention over the last `window` tokens, in linear time and memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from farspan.kernels.softmax import attention_step, write_slots
+from farspan.kernels.window import window_attention
+from farspan.layers.attention import Projections
+from farspan.layers.mixer import Mixed, Mixer, State, register
+from farspan.layers.sequence import Sequence
+from farspan.layers.softmax import SoftmaxOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions(SoftmaxOptions):
+    """window: keys that a token sees, itself included (the published RAT hybrid has 1025)."""
+
+    window: int = 1025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window < 1:
+            raise ValueError(f"window={self.window} must be at least 1: a token sees itself")
+
+
+@register("window", WindowOptions)
+class Window(Mixer):
+    """Sliding-window causal attention. State: a ring of the last `window` keys and values, slot = position % window."""
+
+    def __init__(self, options: WindowOptions) -> None:
+        super().__init__(options)
+        self.projections = Projections(options, options.rope, options.qk_norm)
+
+    def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
+        q, k, v = self.projections(x, sequence)
+        return Mixed(self.projections.merge(self.core(q, k, v, sequence, state)))
+
+    def core(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
+    ) -> torch.Tensor:
+        """q: [1, T, H, D]; k, v: [1, T, Hk, D]. Returns [1, T, H, D]; writes the last k and v into the ring."""
+        if state is None:
+            return self._attend(q, k, v, sequence)
+        if sequence.single_tokens:
+            self._write(state, k, v, sequence)
+            counts = (sequence.positions + 1).clamp(max=self.options.window)
+            return attention_step(q.transpose(0, 1), state["key"], state["value"], counts).transpose(0, 1)
+        before = (
+            None
+            if sequence.fresh
+            else tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
+        )
+        self._write(state, k, v, sequence)
+        return self._attend(q, k, v, sequence, before)
+
+    def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
+        return window_attention(
+            q,
+            k,
+            v,
+            sequence.lengths,
+            sequence.cu_seqlens,
+            self.options.window,
+            initial_state=before,
+            backend=self.options.backend,
+        )[0]
+
+    def _before(self, state: State, row: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values that row `row` keeps of the tokens before `offset`, in their order."""
+        window = self.options.window
+        slots = torch.arange(max(0, offset - window + 1), offset, device=state["key"].device) % window
+        return state["key"][row, slots], state["value"][row, slots]
+
+    def _write(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
+        """Bring the ring up to date with the last `window` tokens of each document; no slot is written twice."""
+        window = self.options.window
+        last, rows, slots = sequence.table(("ring", window), lambda: _ring_slots(sequence, window))
+        for name, new in (("key", k), ("value", v)):
+            state[name] = write_slots(state[name], rows, slots, new[0] if last is None else new[0, last])
+
+    def new_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
+        shape = (batch, self.options.window, self.options.kv_heads, self.options.head_dim)
+        place = self._place(device, dtype)
+        return {
+            "key": torch.zeros(shape, **place),
+            "value": torch.zeros(shape, **place),
+            "position": torch.zeros(batch, dtype=torch.int64),
+        }
+
+    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
+        item = self._place(None, dtype)["dtype"].itemsize
+        return self.options.window * 2 * self.options.kv_heads * self.options.head_dim * item + 8
+
+    def flops(self, length: int, causal: bool = True) -> float:
+        reach = min(length, self.options.window)
+        keys = reach - reach * (reach - 1) / (2 * length) if causal else reach
+        return self.projections.flops() + 4 * self.options.heads * self.options.head_dim * keys
+
+
+def _ring_slots(sequence: Sequence, window: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """Tokens to write (None: all), and for each the row and slot: int64 [kept]."""
+    if max(sequence.lengths) <= window:
+        return None, sequence.document_of_token, sequence.positions % window
+    device = sequence.positions.device
+    ends = sequence.cu_seqlens[1:].long()[sequence.document_of_token]
+    kept = sum(min(length, window) for length in sequence.lengths)
+    inside = torch.arange(sequence.tokens, device=device) >= ends - window
+    last = torch.nonzero_static(inside, size=kept)[:, 0]
+    return last, sequence.document_of_token[last], sequence.positions[last] % window

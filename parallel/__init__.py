@@ -1,0 +1,1 @@
+"""Context parallelism: mesh, sequence layout and differentiable communication primitives."""

@@ -1,0 +1,25 @@
+"""Settings of every test process: one thread each (two on a busy machine are ten times slower), a fixed seed."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        absent = pytest.mark.skip(reason="no CUDA device here; benchmarks/gpu.sh runs these")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(absent)

@@ -1,0 +1,329 @@
+"""What every mixer must do, over the registry: a mixer that lacks an ability fails here by its name.
+
+`SMALL` gives each mixer options small enough to test. `EXEMPT` is the one table of what a mixer cannot do by nature,
+with the reason; the refusal itself is tested too.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from farspan import DecoderConfig, DecoderForCausalLM
+from farspan.eval.memory import peak_bytes
+from farspan.layers import MIXERS, Sequence, build
+from farspan.layers.mixer import Mixer
+from farspan.lm.recipe import ParallelSpec
+
+WIDTH, HEADS = 16, 4
+# Options for tests, and a length at which the reference computes no more than the full convention counts.
+SMALL = {
+    "softmax": {"kv_heads": 2},
+    "window": {"kv_heads": 2, "window": 5},
+}
+REACH = {"softmax": 12, "window": 5}
+
+TORCH_KERNELS = "its fused form is torch's CUDA flash attention, which has no interpreter"
+NO_RULE = "it has no sharding rule yet"
+EXEMPT = {
+    ("fused", "softmax"): TORCH_KERNELS,
+    ("fused", "window"): TORCH_KERNELS,
+    ("context parallel", "softmax"): NO_RULE,
+    ("context parallel", "window"): NO_RULE,
+}
+
+mixers = pytest.mark.parametrize("name", sorted(MIXERS))
+PATTERNS = {name: (name,) for name in sorted(MIXERS)}
+PATTERNS |= {f"{a}-{b}": (a, b) for a, b in itertools.combinations(sorted(MIXERS), 2)}
+patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
+
+RAGGED = (1, 2, 9, 16, 17, 1, 30)
+
+
+def make(name: str, dtype=torch.float64, **options) -> Mixer:
+    torch.manual_seed(1)
+    return build(name, width=WIDTH, heads=HEADS, **{**SMALL[name], **options}).to(dtype)
+
+
+def rows(batch: int, time: int, dtype=torch.float64) -> torch.Tensor:
+    return torch.randn(batch, time, WIDTH, dtype=dtype)
+
+
+def decoder(pattern: tuple[str, ...], **fields) -> DecoderForCausalLM:
+    torch.manual_seed(2)
+    config = DecoderConfig(
+        vocab_size=61,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        mixer_pattern=[{"mixer": name, **SMALL[name]} for name in pattern],
+        initializer_range=0.3,  # large, so that differences show
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **fields,
+    )
+    return DecoderForCausalLM(config).double().eval()
+
+
+def gradients(mixer: Mixer, output: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    seed = torch.Generator().manual_seed(3)
+    weight = torch.randn(output.shape, generator=seed, dtype=output.dtype)
+    return list(torch.autograd.grad(output, [*inputs, *mixer.parameters()], weight))
+
+
+def assert_same(left: list[torch.Tensor], right: list[torch.Tensor], tolerance: float = 1e-12) -> None:
+    """Equal to `tolerance` relative to the largest value of each tensor (float64 rounding unless said)."""
+    for a, b in zip(left, right, strict=True):
+        a, b = a.detach(), b.detach()
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
+
+
+@mixers
+def test_has_options_for_the_tests(name):
+    assert name in SMALL and name in REACH, f"add {name} to SMALL and REACH in this file"
+
+
+# Backends
+
+
+@mixers
+@pytest.mark.parametrize("backend", ["chunked", "fused"])
+def test_backends_agree(name, backend):
+    # fp32: the Triton interpreter multiplies it exactly, and fused kernels take no float64
+    dtype, tolerance = (torch.float64, 1e-12) if backend == "chunked" else (torch.float32, 2e-6)
+    mixer, reference = make(name, dtype, backend=backend), make(name, dtype, backend="reference")
+    sequence = Sequence.packed(RAGGED)
+    x = rows(1, sequence.tokens, dtype).requires_grad_()
+    if (backend, name) in EXEMPT:
+        with pytest.raises(ValueError, match="needs CUDA"):
+            mixer(x, sequence)
+        return
+    output, expected = mixer(x, sequence).output, reference(x, sequence).output
+    assert_same([output], [expected], tolerance)
+    assert_same(gradients(mixer, output, x), gradients(reference, expected, x), 10 * tolerance)
+
+
+# Causality, packing, batches
+
+
+@mixers
+def test_the_future_changes_nothing(name):
+    mixer, x = make(name), rows(1, 33)
+    before = mixer(x).output
+    for time in (0, 1, 7, 8, 16, 31):
+        changed = x.clone()
+        changed[:, time:] += torch.randn_like(changed[:, time:])
+        after = mixer(changed).output
+        assert torch.equal(after[:, :time], before[:, :time])
+        assert not torch.allclose(after[:, time], before[:, time])
+
+
+@mixers
+def test_packed_documents_are_separate(name):
+    mixer, sequence = make(name), Sequence.packed(RAGGED)
+    x = rows(1, sequence.tokens).requires_grad_()
+    packed = mixer(x, sequence).output
+    separate = torch.cat([mixer(document).output for document in x.split(RAGGED, dim=1)], dim=1)
+    assert_same([packed], [separate])
+    assert_same(gradients(mixer, packed, x), gradients(mixer, separate, x))
+
+
+@mixers
+def test_rows_of_a_batch_are_separate(name):
+    mixer, x = make(name), rows(3, 13)
+    order = torch.tensor([2, 0, 1])
+    assert_same([mixer(x[order]).output], [mixer(x).output[order]])
+    assert_same([mixer(x).output], [torch.cat([mixer(row[None]).output for row in x])])
+
+
+# States
+
+
+@mixers
+def test_steps_equal_forward(name):
+    mixer, x = make(name), rows(2, 21)
+    state = mixer.new_state(2)
+    with torch.no_grad():
+        steps = [mixer(token, state=state).output for token in x.split(1, dim=1)]
+    assert_same([torch.cat(steps, dim=1)], [mixer(x).output])
+    assert state["position"].tolist() == [21, 21]
+
+
+@mixers
+@pytest.mark.parametrize("cuts", [(20, 1), (1, 20), (4, 1, 5, 11), (7, 7, 7)])
+def test_pieces_equal_forward_with_gradients(name, cuts):
+    """Prefill in pieces, and truncated back-propagation not truncated: gradients flow through the state."""
+    mixer, x = make(name), rows(2, 21).requires_grad_()
+    state = mixer.new_state(2)
+    pieces = torch.cat([mixer(piece, state=state).output for piece in x.split(cuts, dim=1)], dim=1)
+    whole = mixer(x).output
+    assert_same([pieces], [whole])
+    assert_same(gradients(mixer, pieces, x), gradients(mixer, whole, x))
+
+
+@mixers
+def test_ragged_pieces_equal_forward(name):
+    """Rows that stand at different positions go on together, in one packed row."""
+    mixer, x = make(name), rows(3, 24)
+    whole, state, seen = mixer(x).output, mixer.new_state(3), [0, 0, 0]
+    with torch.no_grad():
+        for lengths in [(4, 9, 1), (1, 1, 1), (2, 13, 7), (17, 1, 15)]:
+            parts = [x[i, seen[i] : seen[i] + n] for i, n in enumerate(lengths)]
+            expected = [whole[i, seen[i] : seen[i] + n] for i, n in enumerate(lengths)]
+            sequence = Sequence.packed(lengths, offsets=seen)
+            assert_same([mixer(torch.cat(parts)[None], sequence, state).output[0]], [torch.cat(expected)])
+            seen = [start + n for start, n in zip(seen, lengths, strict=True)]
+
+
+@mixers
+def test_states_are_saved_and_reordered(name, tmp_path):
+    mixer, x = make(name), rows(3, 15)
+    state = mixer.new_state(3)
+    with torch.no_grad():
+        mixer(x[:, :9], state=state)
+        save_file(state, tmp_path / "state.safetensors")
+        loaded = load_file(tmp_path / "state.safetensors")
+        order = torch.tensor([1, 1, 0, 2])
+        loaded = {key: value[order] for key, value in loaded.items()}
+        output = mixer(x[order, 9:], state=loaded).output
+    assert_same([output], [mixer(x).output[order, 9:]])
+
+
+@mixers
+@pytest.mark.parametrize("length", [1, 40, 300])
+def test_state_bytes_are_as_stated(name, length):
+    mixer = make(name, torch.float32)
+    state = mixer.new_state(2)
+    with torch.no_grad():
+        mixer(rows(2, length, torch.float32), state=state)
+    assert all(value.shape[0] == 2 for value in state.values())
+    assert sum(value.nbytes for value in state.values()) == 2 * mixer.state_bytes(length)
+
+
+@mixers
+def test_a_state_refuses_another_position(name):
+    mixer, x = make(name), rows(1, 4)
+    state = mixer.new_state(1)
+    with pytest.raises(ValueError, match="state stands at"):
+        mixer(x, Sequence.packed((4,), offsets=(3,)), state)
+
+
+# Cost
+
+
+@mixers
+def test_flops_are_as_stated(name):
+    """The full convention against what the reference is counted to compute, at a length that its reach covers."""
+    mixer, length = make(name, torch.float32, backend="reference"), REACH[name]
+    with FlopCounterMode(display=False) as counter:
+        mixer(rows(1, length, torch.float32))
+    assert counter.get_total_flops() == length * mixer.flops(length, causal=False)
+    assert mixer.flops(length) < mixer.flops(length, causal=False)
+
+
+@mixers
+def test_memory_is_linear_in_length(name):
+    mixer = make(name, torch.float32)
+
+    def train(length: int) -> int:
+        x = rows(1, length, torch.float32).requires_grad_()
+        return peak_bytes(lambda: mixer(x).output.sum().backward())
+
+    train(256)  # gradients of the parameters exist from here on
+    short, long = train(1024), train(4096)
+    assert long <= 4.4 * short
+
+
+# The decoder around it
+
+
+@patterns
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padded_rows_equal_unpadded(pattern, side):
+    model = decoder(pattern)
+    lengths, time = (7, 12, 1), 14
+    ids, mask = torch.zeros(3, time, dtype=torch.int64), torch.zeros(3, time, dtype=torch.int64)
+    documents = [torch.randint(2, 61, (n,)) for n in lengths]
+    for row, document in enumerate(documents):
+        start = {"left": time - len(document), "right": 0, "both": 1}[side]
+        ids[row, start : start + len(document)] = document
+        mask[row, start : start + len(document)] = 1
+    labels = ids.masked_fill(mask == 0, -100)
+    padded = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=5)
+    logits = [model(document[None]).logits[0] for document in documents]
+    for row, expected in enumerate(logits):
+        assert_same([padded.logits[row][mask[row].bool()]], [expected])
+    loss = sum(model(d[None], labels=d[None], num_items_in_batch=5).loss for d in documents)
+    assert_same([padded.loss], [loss], 1e-6)  # the loss is computed in fp32
+    assert_same(
+        torch.autograd.grad(padded.loss, list(model.parameters())),
+        torch.autograd.grad(loss, list(model.parameters())),
+        1e-6,
+    )
+
+
+@patterns
+def test_generation_of_left_padded_rows_equals_unpadded(pattern):
+    model = decoder(pattern)
+    documents = [torch.randint(2, 61, (n,)) for n in (7, 12, 1)]
+    ids, mask = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
+    for row, document in enumerate(documents):
+        ids[row, 12 - len(document) :] = document
+        mask[row, 12 - len(document) :] = 1
+    arguments = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    expected = [model.generate(d[None], use_cache=False, **arguments)[0, len(d) :] for d in documents]
+    for options in ({}, {"prefill_chunk_size": 5}, {"prefill_chunk_size": 1}):
+        generated = model.generate(ids, attention_mask=mask, **arguments, **options)
+        assert torch.equal(generated[:, 12:], torch.stack(expected))
+
+
+@patterns
+def test_activation_checkpointing_changes_no_bit(pattern):
+    model = decoder(pattern).float().train()
+    ids = torch.randint(2, 61, (2, 19))
+    results = []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@patterns
+def test_compiled_equals_eager(pattern):
+    model = decoder(pattern).float()
+    ids = torch.randint(2, 61, (1, 23))
+    arguments = {"cu_seqlens": torch.tensor([0, 5, 6, 23], dtype=torch.int32), "shift_labels": ids.roll(-1, 1)}
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        loss = run(ids, **arguments).loss
+        results.append([loss, *torch.autograd.grad(loss, list(run.parameters()))])
+    assert_same(*results, tolerance=1e-6)
+
+
+@patterns
+def test_export_and_reload_give_the_same_logits(pattern, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = decoder(pattern).float(), torch.randint(2, 61, (2, 11))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is DecoderForCausalLM and loaded.config.mixer_pattern == model.config.mixer_pattern
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@mixers
+@pytest.mark.parametrize("axis", ["ring", "ulysses"])
+def test_context_parallel_equals_one(name, axis):
+    assert ("context parallel", name) in EXEMPT, f"test {name} under context parallelism here"
+    with pytest.raises(ValueError, match=axis):
+        ParallelSpec(**{axis: 2})

@@ -1,0 +1,247 @@
+"""Softmax and window attention: the definition against a loop, the fast paths against the definition."""
+
+import math
+
+import pytest
+import torch
+
+from farspan.kernels.operator import OPERATORS, choose_backend
+from farspan.kernels.softmax import attention_step, softmax_attention
+from farspan.kernels.softmax import chunked as softmax_chunked
+from farspan.kernels.window import window_attention
+
+RAGGED = (1, 2, 37, 16, 17, 1, 70)
+
+
+def boundaries(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+
+
+def inputs(lengths, heads=4, kv_heads=2, head_dim=8, dtype=torch.float64, device="cpu"):
+    total = sum(lengths)
+    shapes = [(1, total, heads, head_dim), (1, total, kv_heads, head_dim), (1, total, kv_heads, head_dim)]
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+def attend(q, k, v, lengths, window, **options):
+    cu_seqlens = boundaries(lengths).to(q.device)
+    if window is None:
+        return softmax_attention(q, k, v, lengths, cu_seqlens, **options)
+    return window_attention(q, k, v, lengths, cu_seqlens, window, **options)
+
+
+def naive(q, k, v, lengths, window, before):
+    """One query at a time, from the words of the definition."""
+    output, start = torch.zeros_like(q), 0
+    for document, length in enumerate(lengths):
+        keys = torch.cat([before[document][0], k[0, start : start + length]])
+        values = torch.cat([before[document][1], v[0, start : start + length]])
+        for i in range(length):
+            last = len(keys) - length + i
+            first = 0 if window is None else max(0, last - window + 1)
+            for head in range(q.shape[2]):
+                own = head // (q.shape[2] // k.shape[2])
+                scores = keys[first : last + 1, own] @ q[0, start + i, head] / math.sqrt(q.shape[3])
+                output[0, start + i, head] = scores.softmax(0) @ values[first : last + 1, own]
+        start += length
+    return output
+
+
+def prefix_state(counts, kv_heads=2, head_dim=8):
+    def part(count):
+        return torch.randn(count, kv_heads, head_dim, dtype=torch.float64, requires_grad=True)
+
+    return tuple((part(count), part(count)) for count in counts)
+
+
+windows = pytest.mark.parametrize("window", [None, 1, 3, 17, 64])
+
+
+@windows
+def test_reference_is_the_definition(window):
+    lengths = (1, 5, 20)
+    q, k, v = inputs(lengths)
+    before = prefix_state((0, 3, 20))
+    output, _ = attend(q, k, v, lengths, window, initial_state=before, backend="reference")
+    torch.testing.assert_close(output, naive(q, k, v, lengths, window, before), rtol=0, atol=1e-13)
+
+
+@windows
+@pytest.mark.parametrize("prefixes", [None, (0, 5, 20, 1, 0, 3, 64)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_chunked_equals_reference(window, prefixes, kv_heads):
+    q, k, v = inputs(RAGGED, kv_heads=kv_heads)
+    state = None if prefixes is None else prefix_state(prefixes, kv_heads)
+    leaves = [q, k, v, *(part for pair in state or () for part in pair)]
+    weight, results = torch.randn_like(q), []
+    for backend in ("reference", "chunked"):
+        output, _ = attend(q, k, v, RAGGED, window, initial_state=state, backend=backend)
+        results.append(
+            [output, *torch.autograd.grad(output, leaves, weight, materialize_grads=True, allow_unused=True)]
+        )
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("block", [1, 4, 16, 100])
+def test_window_block_size_changes_nothing(block):
+    q, k, v = inputs(RAGGED)
+    weight, results = torch.randn_like(q), []
+    for size in (block, None):
+        output, _ = attend(q, k, v, RAGGED, 7, block=size, backend="chunked")
+        results.append([output, *torch.autograd.grad(output, (q, k, v), weight)])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_softmax_query_block_size_changes_nothing(monkeypatch):
+    q, k, v = inputs((40,))
+    state = prefix_state((9,))
+    whole, _ = attend(q, k, v, (40,), None, initial_state=state, backend="chunked")
+    monkeypatch.setattr(softmax_chunked, "MASKED_QUERIES", 7)
+    pieces, _ = attend(q, k, v, (40,), None, initial_state=state, backend="chunked")
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-13)
+
+
+def test_window_gradcheck():
+    lengths = (1, 3, 9)
+    q, k, v = inputs(lengths, heads=2, kv_heads=1, head_dim=2)
+
+    def run(q, k, v):
+        return attend(q, k, v, lengths, 3, block=2, backend="chunked")[0]
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
+
+
+def test_window_plain_matrix_form_equals_reference(monkeypatch):
+    """The block form of devices without torch's CPU flash kernel."""
+    from farspan.kernels.window import chunked
+
+    class Elsewhere:
+        type = "elsewhere"
+
+    q, k, v = (x[0].transpose(0, 1)[None].detach() for x in inputs((24,), kv_heads=2))
+    mask = torch.zeros(24, 24, dtype=q.dtype).masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), float("-inf"))
+    output, lse = chunked._attend(q, k, v, mask, 0.3)
+    do = torch.randn_like(output)
+    expected = [output, lse, *chunked._attend_backward(do, q, k, v, output, lse, mask, 0.3)]
+    monkeypatch.setattr(torch.Tensor, "device", Elsewhere(), raising=False)
+    got = [*chunked._attend(q, k, v, mask, 0.3), *chunked._attend_backward(do, q, k, v, output, lse, mask, 0.3)]
+    monkeypatch.undo()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_final_state_continues(window, backend):
+    lengths, first = (3, 11), (1, 6)
+    q, k, v = inputs(lengths)
+    whole, _ = attend(q, k, v, lengths, window, backend=backend)
+
+    def piece(x, begin):
+        documents = x[0].split(lengths)
+        parts = [d[:n] if begin else d[n:] for d, n in zip(documents, first, strict=True)]
+        return torch.cat(parts)[None]
+
+    head, state = attend(*(piece(x, True) for x in (q, k, v)), first, window, return_state=True, backend=backend)
+    rest = tuple(n - m for n, m in zip(lengths, first, strict=True))
+    tail, _ = attend(*(piece(x, False) for x in (q, k, v)), rest, window, initial_state=state, backend=backend)
+    torch.testing.assert_close(head, piece(whole, True), rtol=0, atol=1e-13)
+    torch.testing.assert_close(tail, piece(whole, False), rtol=0, atol=1e-13)
+    weight = torch.randn_like(whole)
+    pieces = (head * piece(weight, True)).sum() + (tail * piece(weight, False)).sum()
+    for a, b in zip(torch.autograd.grad(pieces, (q, k, v)), torch.autograd.grad(whole, (q, k, v), weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    if window is not None:
+        assert all(len(keys) <= window - 1 for keys, _ in state)
+
+
+def test_step_reads_only_counted_slots():
+    q = torch.randn(3, 1, 4, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 3, 10, 2, 8, dtype=torch.float64)
+    counts = torch.tensor([1, 4, 10])
+    output = attention_step(q, keys, values, counts)
+    poisoned = keys.clone()
+    for row, count in enumerate(counts.tolist()):
+        poisoned[row, count:] = 1e9
+        expected, _ = softmax_attention(
+            q[row, None],
+            k=keys[row, count - 1 : count][None],
+            v=values[row, count - 1 : count][None],
+            lengths=(1,),
+            cu_seqlens=boundaries((1,)),
+            initial_state=((keys[row, : count - 1], values[row, : count - 1]),),
+            backend="reference",
+        )
+        torch.testing.assert_close(output[row, None], expected, rtol=0, atol=1e-13)
+    assert torch.equal(attention_step(q, poisoned, values, counts), output)
+
+
+def test_window_registration():
+    q, k, v = inputs((40,), dtype=torch.float32)
+    torch.library.opcheck(torch.ops.farspan.window_forward, (q, k, v, [40], [0], 7, 0.3, 16))
+
+
+def test_half_precision_error_is_that_of_the_eager_path():
+    lengths = (100, 3, 200)
+    q, k, v = inputs(lengths, head_dim=32)
+    exact, _ = attend(q, k, v, lengths, 33, backend="reference")
+    low = [x.detach().bfloat16() for x in (q, k, v)]
+    got, _ = attend(*low, lengths, 33, backend="chunked")
+    eager, _ = attend(*low, lengths, 33, backend="reference")
+    assert (got - exact).abs().max() <= 2 * (eager - exact).abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": (3, 4)}, "sum to 7, the row has 8"),
+        ({"lengths": (8, 0)}, "document lengths"),
+        ({"window": 0}, "at least 1"),
+        ({"kv": 3}, "shapes disagree"),
+        ({"backend": "fast"}, "not one of"),
+        ({"backend": "fused"}, "needs CUDA"),
+        ({"state": 3}, "initial state has 3 documents"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    q, k, v = inputs((8,), kv_heads=change.get("kv", 2))
+    options = {"backend": change["backend"]} if "backend" in change else {}
+    if "state" in change:
+        options["initial_state"] = prefix_state((1,) * change["state"])
+    with pytest.raises(ValueError, match=message):
+        attend(q, k, v, change.get("lengths", (8,)), change.get("window", 3), **options)
+
+
+def test_auto_keeps_float64_exact():
+    assert choose_backend("auto", torch.zeros(1, dtype=torch.float64)) == "chunked"
+
+
+def test_every_operator_declares_its_tensors():
+    assert set(OPERATORS) == {"softmax", "window"}
+    for operator, function in (("softmax", softmax_attention), ("window", window_attention)):
+        declared = OPERATORS[operator]
+        named = {*declared.per_head, *declared.replicated, *declared.per_head_parameters}
+        options = {"scale", "return_state", "block", "backend"}
+        arguments = set(
+            function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
+        )
+        assert named == arguments - options
+
+
+@pytest.mark.gpu
+@windows
+@pytest.mark.parametrize("lengths", [(1,), (1, 2, 777, 4000, 1), (70_000,)])
+def test_fused_on_cuda(window, lengths):
+    q, k, v = inputs(lengths, kv_heads=2, head_dim=64, dtype=torch.float32, device="cuda")
+    low = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    weight = torch.randn_like(q)
+    results = []
+    long = sum(lengths) > 10_000  # the reference holds every score
+    for backend, leaves in (("chunked" if long else "reference", (q, k, v)), ("chunked", low), ("fused", low)):
+        output, _ = attend(*leaves, lengths, window, backend=backend)
+        results.append([output, *torch.autograd.grad(output, leaves, weight.to(output.dtype))])
+    for exact, eager, fused in zip(*results, strict=True):
+        scale = (eager.float() - exact).abs().max()
+        assert (fused.float() - exact).abs().max() <= 2 * scale + 1e-6
