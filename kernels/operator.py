@@ -20,13 +20,15 @@ class Operator:
     """Name and argument declaration of one operator.
 
     per_head: tensors laid out `[batch, time, heads, head_dim]` (query heads or key-value heads).
+    per_group: tensors laid out `[batch, time, groups, head_dim]` whose head h is group h mod groups.
     replicated: tensors and host values that every rank needs whole.
     per_head_parameters: parameters whose first dimension is the head.
-    fused: what the fused backend is ("triton", or the torch kernel it calls), for the start-up report.
+    fused: what the fused backend is: "triton", or the CUDA kernel of torch that it calls.
     """
 
     name: str
     per_head: tuple[str, ...]
+    per_group: tuple[str, ...] = ()
     replicated: tuple[str, ...] = ()
     per_head_parameters: tuple[str, ...] = ()
     fused: str = "triton"
@@ -42,20 +44,19 @@ def declare(operator: Operator) -> Operator:
     return operator
 
 
-def choose_backend(requested: str, x: torch.Tensor) -> str:
-    """`reference`, `chunked` or `fused`, for an operator called on `x`.
+def choose_backend(operator: Operator, requested: str, x: torch.Tensor) -> str:
+    """`reference`, `chunked` or `fused`, for an operator called on tensors like `x`.
 
     `auto` is `fused` for half-precision and fp32 tensors on CUDA and `chunked` everywhere else (float64 keeps its
-    precision only there). Raises ValueError for an unknown name, or for `fused` asked of a CPU tensor.
+    precision only there). Raises ValueError for an unknown name, or for `fused` where it cannot run.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend={requested!r} is not one of {', '.join(BACKENDS)}")
     if requested == "auto":
         return "fused" if x.is_cuda and x.dtype != torch.float64 else "chunked"
-    if requested == "fused" and not (x.is_cuda or _interpreted()):
-        raise ValueError(
-            "backend='fused' needs CUDA tensors (or TRITON_INTERPRET=1); use backend='auto', which takes 'chunked' here"
-        )
+    if requested == "fused" and not (x.is_cuda or (operator.fused == "triton" and _interpreted())):
+        instead = " (or TRITON_INTERPRET=1)" if operator.fused == "triton" else f": it is {operator.fused}"
+        raise ValueError(f"{operator.name}: backend='fused' needs CUDA tensors{instead}; use backend='auto'")
     return requested
 
 

@@ -54,7 +54,7 @@ def rope_tables(sequence: Sequence, rope: Rope, head_dim: int, dtype: torch.dtyp
 
 
 def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """x [..., tokens, heads, head_dim] turned by the tables of `rope_tables`: computed in fp32, returned as x's dtype."""
+    """x [..., tokens, heads, head_dim] turned by the tables of `rope_tables`, in fp32; returned in x's dtype."""
     cos, sin = tables
     pairs = cos.shape[-1]
     first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)

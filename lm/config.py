@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.generation import GenerationConfig
 
 from farspan.layers.mixer import MixerOptions, check_type, mixer_type, nearest, parse_options
@@ -125,3 +125,6 @@ class DecoderConfig(PreTrainedConfig):
                 rope = rope_from_parameters(self, rope)
             given["rope"] = None if rope == "none" else rope
         return name, parse_options(name, {**values, **given})
+
+
+AutoConfig.register(DecoderConfig.model_type, DecoderConfig)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -309,6 +310,13 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs["past_key_values"] = self.model.new_cache(batch_size * copies)
 
+    @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers checks arguments by the signature
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """Called by `generate` for every step; it would hand `forward` the tokenizer that stop strings need."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("tokenizer", None)
+        return inputs
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embed_tokens
 
@@ -326,3 +334,7 @@ def _shift(labels: torch.Tensor, sequence: Sequence) -> torch.Tensor:
     """Labels [1, tokens] moved one to the left; none at the end of a document."""
     shifted = labels.roll(-1, dims=1)
     return shifted.index_fill(1, sequence.cu_seqlens[1:].long() - 1, IGNORED)
+
+
+AutoModel.register(DecoderConfig, Decoder)
+AutoModelForCausalLM.register(DecoderConfig, DecoderForCausalLM)

@@ -12,7 +12,7 @@ from farspan.kernels.softmax.step import attention_step, write_slots
 
 __all__ = ["attention_step", "softmax_attention", "write_slots"]
 
-declare(
+OPERATOR = declare(
     Operator(
         "softmax",
         per_head=("q", "k", "v", "initial_state"),
@@ -52,7 +52,7 @@ def softmax_attention(
     if return_state:
         totals = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
         final_state = tuple(zip(k[0].split(totals), v[0].split(totals), strict=True))
-    backend = choose_backend(backend, q)
+    backend = choose_backend(OPERATOR, backend, q)
     if backend == "reference":
         return attention_reference(q, k, v, lengths, prefixes, scale), final_state
     if backend == "fused":

@@ -11,7 +11,7 @@ from farspan.kernels.window.chunked import window_chunked
 
 __all__ = ["window_attention"]
 
-declare(
+OPERATOR = declare(
     Operator(
         "window",
         per_head=("q", "k", "v", "initial_state"),
@@ -58,7 +58,7 @@ def window_attention(
         totals = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
         pairs = zip(k[0].split(totals), v[0].split(totals), strict=True)
         final_state = tuple(_last(pair, window - 1) for pair in pairs)
-    backend = choose_backend(backend, q)
+    backend = choose_backend(OPERATOR, backend, q)
     if backend == "reference":
         return attention_reference(q, k, v, lengths, prefixes, scale, window), final_state
     if backend == "fused":

@@ -8,13 +8,14 @@ their own, sized so that the rest divides evenly.
     forward   o, lse per block                      saved: q, k, v, o, lse
     backward  dq, dk, dv per block; the overlapping key gradients are added up a few blocks at a time
 
-The block itself is torch's CPU flash kernel, or on other devices a handful of matrix products with the backward
-written out: p = exp(s - lse), ds = p (do v' - sum(do o)), dq = scale ds k, dk = scale ds' q, dv = p' do.
+The attention of a block, and its backward, is `kernels.blocks`.
 """
 
 import math
 
 import torch
+
+from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
 
 BLOCKS_AT_ONCE = 16
 
@@ -52,7 +53,7 @@ def _window_forward(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty(q.shape[1:3], dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, keys, mask in _blocks(q, lengths, prefixes, window, block):
-        part, part_lse = _attend(queries.of(q), keys.of(k), keys.of(v), mask, scale)
+        part, part_lse = attention_block(queries.of(q), keys.of(k), keys.of(v), scale, mask)
         queries.of(o).copy_(part)
         queries.of(lse[None, ..., None]).copy_(part_lse[..., None])
     return o, lse
@@ -83,7 +84,8 @@ def _window_backward(
     dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
     for queries, keys, mask in _blocks(q, lengths, prefixes, window, block):
         saved = (queries.of(o), queries.of(lse[None, ..., None])[..., 0])
-        gradients = _attend_backward(queries.of(do), queries.of(q), keys.of(k), keys.of(v), *saved, mask, scale)
+        block_inputs = (queries.of(q), keys.of(k), keys.of(v), *saved)
+        gradients = attention_block_backward(queries.of(do), *block_inputs, scale, mask)
         queries.of(dq).copy_(gradients[0])
         keys.add_to(dk, gradients[1])
         keys.add_to(dv, gradients[2])
@@ -156,38 +158,4 @@ def _mask(length: int, prefix: int, window: int, like: torch.Tensor) -> torch.Te
     """[length, prefix + length], 0 where visible and -inf where not."""
     query = torch.arange(prefix, prefix + length, device=like.device)[:, None]
     key = torch.arange(prefix + length, device=like.device)
-    hidden = (key > query) | (key <= query - window)
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-
-
-def _attend(q, k, v, mask, scale):
-    """q: [b, H, m, D]; k, v: [b, Hk, n, D]; mask: [m, n]. Returns o like q and lse [b, H, m]."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    scores = _scores(q, k, mask, scale)
-    lse = scores.logsumexp(dim=-1)
-    p = (scores - lse[..., None]).exp()
-    return torch.einsum("bkgmn,bknd->bkgmd", p, v.to(p.dtype)).reshape(q.shape).to(q.dtype), lse.flatten(1, 2)
-
-
-def _attend_backward(do, q, k, v, o, lse, mask, scale):
-    """Gradients of q, k, v; dk and dv [b, Hk, n, D]."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale
-        )
-    scores = _scores(q, k, mask, scale)
-    grouped, dtype = scores.shape[:3], scores.dtype
-    p = (scores - lse.unflatten(1, grouped[1:])[..., None]).exp()
-    do, o, q = (x.to(dtype).unflatten(1, grouped[1:]) for x in (do, o, q))
-    dp = torch.einsum("bkgmd,bknd->bkgmn", do, v.to(dtype))
-    ds = p * (dp - (do * o).sum(-1, keepdim=True)) * scale
-    dq = torch.einsum("bkgmn,bknd->bkgmd", ds, k.to(dtype)).flatten(1, 2)
-    return dq, torch.einsum("bkgmn,bkgmd->bknd", ds, q), torch.einsum("bkgmn,bkgmd->bknd", p, do)
-
-
-def _scores(q, k, mask, scale):
-    """[b, Hk, H / Hk, m, n] in the accumulation dtype."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.to(dtype).unflatten(1, (k.shape[1], -1))
-    return torch.einsum("bkgmd,bknd->bkgmn", grouped, k.to(dtype)) * scale + mask.to(dtype)
+    return hidden_mask((key > query) | (key <= query - window), like.dtype)

@@ -1,11 +1,14 @@
 """Softmax and window attention: the definition against a loop, the fast paths against the definition."""
 
 import math
+from inspect import signature
 
 import pytest
 import torch
 
+from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
 from farspan.kernels.operator import OPERATORS, choose_backend
+from farspan.kernels.rat import rat
 from farspan.kernels.softmax import attention_step, softmax_attention
 from farspan.kernels.softmax import chunked as softmax_chunked
 from farspan.kernels.window import window_attention
@@ -113,21 +116,25 @@ def test_window_gradcheck():
     assert torch.autograd.gradcheck(run, (q, k, v))
 
 
-def test_window_plain_matrix_form_equals_reference(monkeypatch):
-    """The block form of devices without torch's CPU flash kernel."""
-    from farspan.kernels.window import chunked
+@pytest.mark.parametrize("causal", [True, False])
+def test_block_in_plain_matrix_form_equals_the_flash_kernel(monkeypatch, causal):
+    """The form of devices without torch's CPU flash kernel, which is the one that runs here otherwise."""
+    q, k, v = (x[0].transpose(0, 1)[None].detach() for x in inputs((24,), kv_heads=2))
+    mask = None if causal else hidden_mask(torch.ones(24, 24, dtype=torch.bool).triu(2), q.dtype)
+    do = torch.randn_like(q)
 
-    class Elsewhere:
+    def run():
+        output, lse = attention_block(q, k, v, 0.3, mask, causal)
+        return [output, lse, *attention_block_backward(do, q, k, v, output, lse, 0.3, mask, causal)]
+
+    expected = run()
+
+    class Elsewhere(str):
         type = "elsewhere"
 
-    q, k, v = (x[0].transpose(0, 1)[None].detach() for x in inputs((24,), kv_heads=2))
-    mask = torch.zeros(24, 24, dtype=q.dtype).masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), float("-inf"))
-    output, lse = chunked._attend(q, k, v, mask, 0.3)
-    do = torch.randn_like(output)
-    expected = [output, lse, *chunked._attend_backward(do, q, k, v, output, lse, mask, 0.3)]
-    monkeypatch.setattr(torch.Tensor, "device", Elsewhere(), raising=False)
-    got = [*chunked._attend(q, k, v, mask, 0.3), *chunked._attend_backward(do, q, k, v, output, lse, mask, 0.3)]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "device", Elsewhere("cpu"), raising=False)
+        got = run()
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
@@ -215,19 +222,21 @@ def test_bad_arguments_are_refused(change, message):
 
 
 def test_auto_keeps_float64_exact():
-    assert choose_backend("auto", torch.zeros(1, dtype=torch.float64)) == "chunked"
+    assert choose_backend(OPERATORS["softmax"], "auto", torch.zeros(1, dtype=torch.float64)) == "chunked"
 
 
-def test_every_operator_declares_its_tensors():
-    assert set(OPERATORS) == {"softmax", "window"}
-    for operator, function in (("softmax", softmax_attention), ("window", window_attention)):
-        declared = OPERATORS[operator]
-        named = {*declared.per_head, *declared.replicated, *declared.per_head_parameters}
-        options = {"scale", "return_state", "block", "backend"}
-        arguments = set(
-            function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
-        )
-        assert named == arguments - options
+@pytest.mark.parametrize(
+    ("name", "function"), [("softmax", softmax_attention), ("window", window_attention), ("rat", rat)]
+)
+def test_every_operator_declares_its_arguments(name, function):
+    declared = OPERATORS[name]
+    named = {*declared.per_head, *declared.per_group, *declared.replicated, *declared.per_head_parameters}
+    options = {"scale", "return_state", "block", "backend"}
+    assert named == set(signature(function).parameters) - options
+
+
+def test_all_operators_are_tested_for_their_declaration():
+    assert set(OPERATORS) == {"softmax", "window", "rat"}
 
 
 @pytest.mark.gpu

@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.cache_utils import StaticCache
 
 from farspan import Decoder, DecoderConfig, DecoderForCausalLM
@@ -215,6 +225,18 @@ def test_multi_turn_continues_the_cache():
     mask = torch.cat([mask, torch.ones(2, 10, dtype=torch.int64)], dim=1)
     continued = model.generate(turn, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert torch.equal(continued, model.generate(turn, attention_mask=mask, **GREEDY))
+
+
+def test_stop_strings_reach_generation():
+    """transformers carries the tokenizer along for them, up to the model's own inputs."""
+
+    letters = Tokenizer(BPE({chr(97 + i): i for i in range(61)}, []))  # a token a letter
+    letters.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
+    model, ids = make(), tokens(1, 5)
+    free = model.generate(ids, **GREEDY)[0, 5:].tolist()
+    stopped = model.generate(ids, tokenizer=tokenizer, stop_strings=[chr(97 + free[2])], **GREEDY)[0, 5:].tolist()
+    assert stopped == free[: free.index(free[2]) + 1]
 
 
 def test_cache_repeats_selects_and_resets():

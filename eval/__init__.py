@@ -1,0 +1,1 @@
+"""Evaluations: needles, recall, extrapolation, harness, benchmarks."""

@@ -1,0 +1,1 @@
+"""Tokenizer, corpora, preparation, packing and the resumable loader."""

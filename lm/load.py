@@ -1,0 +1,132 @@
+"""A model and its tokenizer from whatever names them: a run, a checkpoint, an exported folder, or the hub."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from farspan.lm.console import console
+from farspan.lm.train import checkpoint
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """(model in evaluation mode, tokenizer) of MODEL as the command line takes it; see `locate` for what that may be.
+
+    device: of torch; None is CUDA where there is one, else the CPU
+    dtype: of the weights, by its name in torch, or "auto" to keep the stored one; None is bfloat16 on CUDA and float32
+        on the CPU
+
+    A checkpoint's weights are its fp32 master weights. Checkpoints are unpickled: load those of your own runs only.
+    Raises ValueError or OSError in one line that says what is missing.
+    """
+    import torch
+
+    _quiet()
+    source = locate(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    model, tokenizer = _checkpoint(source, dtype) if _is_checkpoint(source) else _pretrained(str(source), dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def locate(name: str) -> Path | str:
+    """What MODEL means: a folder with `config.json`, a checkpoint folder, or a name on the hub.
+
+    A run folder stands for its export `hf/`, or for its newest whole checkpoint if that is newer or the only one; which
+    is printed. Raises ValueError for a folder that is none of these.
+    """
+    path = Path(name)
+    if not path.exists():
+        if path.is_absolute() or not _HUB_NAME.fullmatch(name) or name.startswith("runs/"):
+            raise ValueError(
+                f"there is no folder {name}; give a run folder, a checkpoint, an exported folder or a hub name"
+            )
+        console.print(f"{name} is no folder here; asking the hub", style="dim", markup=False)
+        return name
+    if (path / "config.json").is_file() or _is_checkpoint(path):
+        return path
+    if not (path / "recipe.yaml").is_file():
+        raise ValueError(
+            f"{name} holds no model: an exported folder has config.json, a run folder has recipe.yaml, a checkpoint is "
+            "the folder step-N in checkpoints/ of a run"
+        )
+    return _of_run(path)
+
+
+def _of_run(run: Path) -> Path:
+    exported = run / "hf" / "config.json"
+    manifests = [path.stat().st_mtime for path in run.glob(f"checkpoints/step-*/{checkpoint.MANIFEST}")]
+    if exported.is_file() and exported.stat().st_mtime >= max(manifests, default=0.0):
+        return exported.parent
+    newest = checkpoint.latest(run / "checkpoints", warn=lambda line: console.print(line, style="yellow", markup=False))
+    if newest is None and not exported.is_file():
+        raise ValueError(f"run {run} has neither a whole checkpoint nor an export in hf/; train it first")
+    chosen = newest or exported.parent
+    console.print(f"using {chosen}", style="dim", markup=False)
+    return chosen
+
+
+def _is_checkpoint(path: Path | str) -> bool:
+    return isinstance(path, Path) and (path / checkpoint.MANIFEST).is_file()
+
+
+def _quiet() -> None:
+    """No progress bars in logs and pipes, no word on each attempt to reach the hub, nor on DeepSpeed's device."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import farspan  # noqa: F401 - registers the decoder
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        raise ValueError(f"{name} is neither a folder here nor a model that the hub gives: {error}") from error
+
+
+def _checkpoint(path: Path, dtype: str) -> tuple[Any, Any]:
+    """The fp32 master weights of any ZeRO stage, put together on the host."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from farspan.lm.data.tokenizer import load_tokenizer
+    from farspan.lm.decoder import DecoderForCausalLM
+    from farspan.lm.recipe import load_recipe
+
+    if found := checkpoint.problem(path):
+        raise ValueError(f"checkpoint {path} is not usable ({found}); take another of the same run")
+    recipe_file = path.resolve().parent.parent / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise ValueError(
+            f"{path} is not in checkpoints/ of a run, whose recipe.yaml describes the model; put it back there"
+        )
+    recipe = load_recipe(recipe_file)
+    tokenizer = load_tokenizer(recipe.tokenizer.path)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it narrates
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="deepspeed")
+    config = recipe.decoder_config(
+        vocab_size=weights["model.embed_tokens.weight"].shape[0],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = DecoderForCausalLM(config)
+    model.load_state_dict(weights)
+    return model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)), tokenizer
