@@ -17,7 +17,7 @@ def attention_block(
     mask: torch.Tensor | None = None,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: [b, H, m, D]; k, v: [b, Hk, n, D]; mask: additive [m, n] in q's dtype, or None; causal: query i sees keys <= i.
+    """q: [b, H, m, D]; k, v: [b, Hk, n, D]; mask: additive [m, n] in q's dtype, or None; causal: row i sees keys 0..i.
 
     Returns o [b, H, m, D] and lse [b, H, m] (fp32, float64 for float64).
     """

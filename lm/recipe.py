@@ -1,0 +1,337 @@
+"""Recipes: everything a run needs, in one YAML file, validated before anything is built.
+
+A recipe may `extends: other.yaml` (relative to itself), and the command line overrides single values with
+`key.path=value` (the value is YAML). Recipes are data: they are read with `yaml.safe_load` and can run no code.
+"""
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from farspan.lm.data.spec import DataSpec, TokenizerSpec
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+LENGTHS = ("steps", "minutes", "tokens")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerSpec(Section):
+    """AdamW for everything, or Muon for the hidden matrices with AdamW for embeddings, head and 1-D parameters."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    adam_lr: PositiveFloat | None = None  # muon only: the rate of its AdamW part; default lr / 4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    decay_embeddings: bool = False
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    momentum: Fraction | None = None  # muon only; default 0.95
+    clip: PositiveFloat | None = None  # adamw only; default 1.0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "OptimizerSpec":
+        if self.name == "muon" and self.clip is not None:
+            raise ValueError(
+                "optimizer.clip has no meaning with muon, whose update has the same size for any gradient; remove it"
+            )
+        for key in ("adam_lr", "momentum"):
+            if self.name == "adamw" and getattr(self, key) is not None:
+                raise ValueError(f"optimizer.{key} belongs to muon; remove it, or set optimizer.name=muon")
+        return self
+
+
+class ScheduleSpec(Section):
+    """The learning rate over the run: a factor on the optimizer's rates, see `lm/train/schedule.py`."""
+
+    name: Literal["cosine", "wsd"] = "cosine"
+    warmup: Annotated[int | float, Field(ge=0)] = (
+        0.02  # steps if a whole number of 1 or more, else a fraction of the run
+    )
+    decay: Annotated[float, Field(gt=0, le=1)] | None = None  # wsd only: fraction of the run; default 0.2
+    final: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _shares(self) -> "ScheduleSpec":
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"schedule.warmup={self.warmup} is neither a number of steps nor a fraction below 1")
+        if self.name == "cosine" and self.decay is not None:
+            raise ValueError("schedule.decay belongs to wsd; remove it, or set schedule.name=wsd")
+        if self.warmup < 1 and self.warmup + (self.decay or 0) > 1:
+            raise ValueError(f"schedule.warmup={self.warmup} and decay={self.decay} are more than the whole run")
+        return self
+
+
+class BatchSpec(Section):
+    """One optimizer step, over all ranks."""
+
+    tokens: Positive
+    sequence_length: Positive
+    rows_per_device: Positive | None = None  # most rows that one device takes at once; default: all of its rows
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> "BatchSpec":
+        if self.tokens % self.sequence_length:
+            nearest = max(1, round(self.tokens / self.sequence_length)) * self.sequence_length
+            raise ValueError(
+                f"batch.tokens={self.tokens} is not a multiple of batch.sequence_length={self.sequence_length}; "
+                f"use batch.tokens={nearest}"
+            )
+        return self
+
+
+class ParallelSpec(Section):
+    zero: Literal[1, 2, 3] = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
+    checkpointing: bool = False  # recompute activations in the backward pass
+    ring: Literal[1] = 1
+    ulysses: Literal[1] = 1
+
+
+class SpikeSpec(Section):
+    """A step whose loss or gradient norm exceeds mean + sigma * deviation of the last `window` steps is not applied."""
+
+    window: Annotated[int, Field(ge=2)] = 128
+    sigma: PositiveFloat = 6.0
+    history: Annotated[int, Field(ge=2)] = 64  # steps seen before anything is called a spike
+    max_skipped: Positive = 16  # in a row, for any reason; then the run stops
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "SpikeSpec":
+        if self.history > self.window:
+            raise ValueError(
+                f"train.spike.history={self.history} is more than train.spike.window={self.window}; "
+                "use at most the window"
+            )
+        return self
+
+
+class TrainSpec(Section):
+    steps: Positive | None = None
+    minutes: PositiveFloat | None = None
+    tokens: Positive | None = None
+    log_every: Positive = 10
+    validate_every: Positive | None = 500
+    sample_every: Positive | None = 1000
+    checkpoint_every: Positive | None = 1000
+    keep_checkpoints: Positive = 2
+    spike: SpikeSpec = SpikeSpec()
+    tensorboard: bool = False
+    wandb: str | None = None  # the wandb project
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSpec":
+        given = [f"train.{name}={getattr(self, name)}" for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"exactly one of train.steps, train.minutes, train.tokens says how long; found {found}")
+        return self
+
+
+class EvaluationSpec(Section):
+    tokens: Positive = 65536  # of the validation split, at each validation
+    prompts: tuple[str, ...] = ("def ",)
+    sample_tokens: Positive = 64
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How one step is cut: `rows` = ranks * accumulation * micro_rows."""
+
+    rows: int
+    rows_per_rank: int
+    micro_rows: int
+    accumulation: int
+    reason: str
+
+
+class Recipe(Section):
+    name: Annotated[str, Field(min_length=1, pattern=r"^[\w.-]+$")]
+    description: str = ""
+    expected: str = "not yet measured"
+    seed: int = 0
+    tokenizer: TokenizerSpec
+    data: DataSpec
+    model: dict[str, Any] = {}
+    optimizer: OptimizerSpec = OptimizerSpec()
+    schedule: ScheduleSpec = ScheduleSpec()
+    batch: BatchSpec
+    parallel: ParallelSpec = ParallelSpec()
+    train: TrainSpec
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    def resolve(self, world_size: int) -> Shares:
+        """Cuts the batch over `world_size` ranks; ValueError where it does not divide."""
+        length, rows = self.batch.sequence_length, self.batch.tokens // self.batch.sequence_length
+        if rows % world_size:
+            below, above = rows // world_size * world_size * length, -(-rows // world_size) * world_size * length
+            sizes = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"batch.tokens={self.batch.tokens} is {rows} rows of {length}, which {world_size} processes do not "
+                f"divide; use batch.tokens={sizes}, or --nproc {_listed(_divisors(rows))}"
+            )
+        per_rank = rows // world_size
+        most = min(self.batch.rows_per_device or per_rank, per_rank)
+        micro = max(rows for rows in _divisors(per_rank) if rows <= most)
+        accumulation = per_rank // micro
+        reason = (
+            f"gradient accumulation {accumulation}, because {self.batch.tokens} tokens / {world_size} "
+            f"{'rank' if world_size == 1 else 'ranks'} / {micro * length} tokens per device"
+        )
+        return Shares(rows, per_rank, micro, accumulation, reason)
+
+    def steps(self) -> int | None:
+        """Optimizer steps of the run; None where a wall-clock budget decides (see `lm/train/schedule.py`)."""
+        if self.train.tokens is not None:
+            return -(-self.train.tokens // self.batch.tokens)
+        return self.train.steps
+
+    def decoder_config(self, **defaults: Any) -> Any:
+        """The DecoderConfig of `model`, with `defaults` for the fields that it leaves open. ValueError where it does
+        not fit.
+        """
+        from farspan.lm.config import DecoderConfig
+
+        if self.tokenizer.vocab_size is not None:
+            defaults = {"vocab_size": self.tokenizer.vocab_size, **defaults}
+        try:
+            return DecoderConfig(**{"max_position_embeddings": self.batch.sequence_length, **defaults, **self.model})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"model: {error}") from None
+
+    def to_yaml(self) -> str:
+        values = self.model_dump(mode="json")
+        # A source takes no option of another kind, not even at its default.
+        values["data"]["sources"] = [source.model_dump(mode="json", exclude_unset=True) for source in self.data.sources]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Reads a recipe with what it extends, applies `key.path=value` overrides and validates all of it.
+
+    Raises ValueError, one line that says what to change, for unknown keys (naming the nearest valid ones), values of
+    the wrong type and combinations that cannot work; FileNotFoundError where a file is missing.
+    """
+    path = Path(path)
+    values = _read(path, ())
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    values.setdefault("name", path.stem)
+    _check_keys(Recipe, values, "")
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
+    recipe.decoder_config()  # knows which sizes fit together; nothing is allocated
+    return recipe
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise ValueError(f"{path} extends itself, through {' -> '.join(p.name for p in chain)}; remove one `extends`")
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe at {path}; the shipped ones are in recipes/")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path} holds a {type(values).__name__}, not a mapping of sections such as `model:` and `train:`"
+        )
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    values.setdefault("name", path.stem)
+    return _merge(_read(path.parent / str(parent), (*chain, path.resolve())), values)
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise ValueError(f"{text!r} is not an override; write key.path=value, such as optimizer.lr=0.01")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"the value of {text!r} is not YAML; quote it, such as {key}='\"...\"'") from None
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` onto `base`: mappings merge, everything else replaces. Naming one length of the run drops the inherited
+    one.
+    """
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if key == "train" and any(value.get(name) is not None for name in LENGTHS):
+                old = {name: kept for name, kept in old.items() if name not in LENGTHS}
+            value = _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _check_keys(schema: type[BaseModel], values: dict[str, Any], path: str) -> None:
+    """Unknown keys, before pydantic sees them: its own message does not know what was meant."""
+    for key, value in values.items():
+        if key not in schema.model_fields:
+            raise ValueError(_unknown_key(schema, str(key), path))
+        for section in _sections_of(schema.model_fields[key].annotation):
+            if isinstance(value, dict):
+                _check_keys(section, value, f"{path}{key}.")
+
+
+def _unknown_key(schema: type[BaseModel], key: str, path: str) -> str:
+    siblings = [f"{path}{name}" for name in difflib.get_close_matches(key, schema.model_fields, n=3, cutoff=0.5)]
+    elsewhere = [name for name in _all_keys(Recipe, "") if name.split(".")[-1] == key and name not in siblings]
+    nearest = siblings + elsewhere or [f"{path}{name}" for name in schema.model_fields]
+    verb = "key is" if len(nearest) == 1 else "keys are"
+    return f"unknown key {path}{key}; the nearest valid {verb} {', '.join(nearest)}"
+
+
+def _all_keys(schema: type[BaseModel], path: str) -> list[str]:
+    keys = []
+    for name, field in schema.model_fields.items():
+        keys.append(f"{path}{name}")
+        for section in _sections_of(field.annotation):
+            keys += _all_keys(section, f"{path}{name}.")
+    return keys
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold; the members of a list are left to pydantic."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [section for member in typing.get_args(annotation) for section in _sections_of(member)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "value_error":  # from a validator of a section, which names the keys itself
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{where} is missing; every recipe states it"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}={first['input']!r}: {message}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _listed(numbers: list[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
