@@ -7,7 +7,7 @@
 # TORCH_INDEX=URL  a further package index for torch, for another build of it (CPU only, another CUDA)
 # WORKERS=N        test processes
 
-PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null \
 	&& { echo "$$python"; break; }; done)
 TORCH_INDEX ?=
@@ -36,8 +36,8 @@ lint: install
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: farspan needs Python 3.11 or 3.12, and none of python3.12, python3.11," \
-		"python3 is one; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: farspan needs Python 3.11 or 3.12, and none of python3, python3.12," \
+		"python3.11 is one; install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || { \
 		echo "error: $(PYTHON) is not Python 3.11 or 3.12; name another: make PYTHON=/path/to/python" >&2; exit 1; }
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv || { rm -rf .venv; \

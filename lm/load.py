@@ -121,12 +121,6 @@ def _checkpoint(path: Path, dtype: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(recipe.tokenizer.path)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it narrates
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="deepspeed")
-    config = recipe.decoder_config(
-        vocab_size=weights["model.embed_tokens.weight"].shape[0],
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = DecoderForCausalLM(config)
+    model = DecoderForCausalLM(recipe.decoder_config(tokenizer, weights["model.embed_tokens.weight"].shape[0]))
     model.load_state_dict(weights)
     return model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype)), tokenizer

@@ -196,16 +196,20 @@ class Recipe(Section):
             return -(-self.train.tokens // self.batch.tokens)
         return self.train.steps
 
-    def decoder_config(self, **defaults: Any) -> Any:
-        """The DecoderConfig of `model`, with `defaults` for the fields that it leaves open. ValueError where it does
-        not fit.
+    def decoder_config(self, tokenizer: Any = None, vocab_size: int | None = None) -> Any:
+        """The DecoderConfig of `model`; what it leaves open comes from the tokenizer and the batch.
+
+        vocab_size: of the corpus; the recipe's own when None. ValueError where the fields do not fit.
         """
         from farspan.lm.config import DecoderConfig
 
-        if self.tokenizer.vocab_size is not None:
-            defaults = {"vocab_size": self.tokenizer.vocab_size, **defaults}
+        defaults: dict[str, Any] = {"max_position_embeddings": self.batch.sequence_length}
+        if (vocab_size := vocab_size or self.tokenizer.vocab_size) is not None:
+            defaults["vocab_size"] = vocab_size
+        if tokenizer is not None:
+            defaults |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         try:
-            return DecoderConfig(**{"max_position_embeddings": self.batch.sequence_length, **defaults, **self.model})
+            return DecoderConfig(**{**defaults, **self.model})
         except (ValueError, TypeError) as error:
             raise ValueError(f"model: {error}") from None
 

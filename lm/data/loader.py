@@ -207,4 +207,4 @@ def _ahead(make, steps: range, depth: int) -> Iterator:
             yield step, made, time.perf_counter() - began
     finally:
         stopped.set()
-        thread.join()
+        thread.join(timeout=1)  # a read that hangs must not keep a stopped run from leaving

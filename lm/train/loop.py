@@ -293,14 +293,7 @@ def build_model(recipe: Recipe, inputs: Inputs) -> Any:
     """The recipe's decoder with random weights, its vocabulary and special tokens from the corpus and tokenizer."""
     from farspan.lm.decoder import DecoderForCausalLM
 
-    tokenizer = inputs.tokenizer
-    config = recipe.decoder_config(
-        vocab_size=inputs.vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return DecoderForCausalLM(config)
+    return DecoderForCausalLM(recipe.decoder_config(inputs.tokenizer, inputs.vocab_size))
 
 
 def decisions(recipe: Recipe, shares: Shares, model: Any, device: torch.device, total: int) -> list[str]:

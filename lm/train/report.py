@@ -2,6 +2,9 @@
 
 import logging
 import resource
+import shutil
+import statistics
+import sys
 import time
 from collections import deque
 from pathlib import Path
@@ -36,7 +39,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Turns step results into records: rates over the steps since the last record, time left over the last 50."""
+    """Turns step results into records: rates over the steps since the last record, time left by the median of the last 50 steps."""
 
     def __init__(self, model: Any, sequence_length: int, tokens_per_device: int, device: torch.device):
         self._tokens = tokens_per_device
@@ -75,7 +78,7 @@ class Meter:
             "memory_gib": peak_memory(self._device) / 2**30,
             "data_wait": waited / seconds,
             "skipped": skipped,
-            "seconds_left": (total - step) * sum(self._durations) / len(self._durations),
+            "seconds_left": (total - step) * statistics.median(self._durations),
         }
 
 
@@ -102,6 +105,7 @@ def print_summary(run: Path, summary: dict[str, Any]) -> None:
     """The end of a run, and what to try next."""
     loss, baseline = summary["validation_loss"], summary["bigram_loss"]
     verdict = "below" if loss < baseline else "NOT below"
+    program = "farspan" if shutil.which("farspan") else sys.argv[0]  # as it was called, where it is on no path
     lines = [
         f"trained {summary['steps']} steps, {count(summary['tokens'])} tokens, {summary['skipped']} steps skipped",
         f"validation loss {loss:.4f} nats per token, {verdict} the {baseline:.4f} of a bigram model of the same tokens",
@@ -111,9 +115,9 @@ def print_summary(run: Path, summary: dict[str, Any]) -> None:
     lines += [
         f"loss curve: {run / 'loss.png'}",
         "next:",
-        f'  farspan generate {run} "def "',
-        f"  farspan chat {run}",
-        f"  farspan export {run} exported",
+        f'  {program} generate {run} "def "',
+        f"  {program} chat {run}",
+        f"  {program} export {run} exported",
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
