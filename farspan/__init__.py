@@ -1,8 +1,8 @@
 """farspan: train, evaluate and fine-tune long-context language models.
 
 After importing it, `AutoModelForCausalLM.from_pretrained` of transformers loads what farspan trained. The decoder
-registers itself where it is defined, and is imported at the moment when transformers' Auto classes are: `import farspan`
-alone costs nothing, so that layers, kernels and `farspan --help` start without the seconds that transformers takes.
+registers itself where it is defined, and is imported when transformers' Auto classes are: `import farspan` alone costs
+nothing, so that layers, kernels and `farspan --help` start without the seconds that transformers takes.
 """
 
 import sys
@@ -16,7 +16,7 @@ _HOMES = {
     "Decoder": "farspan.lm.decoder",
     "DecoderForCausalLM": "farspan.lm.decoder",
 }
-__all__ = ["Decoder", "DecoderConfig", "DecoderForCausalLM"]  # noqa: F822 (found by __getattr__)
+__all__ = ["Decoder", "DecoderConfig", "DecoderForCausalLM"]
 
 # What transformers imports first -> what is then to be registered there.
 _AFTER = {

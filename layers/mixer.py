@@ -133,6 +133,9 @@ class Mixer(nn.Module, ABC):
         causal=False counts what the usual full convention counts: every query as if it saw as many keys as the last.
         """
 
+    def reset_parameters(self) -> None:
+        """Initialise the mixer's own parameters: all but the linear layers and norms, which the decoder initialises."""
+
     def after_step(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Update what learns outside the optimizer; `reduce` sums a tensor over the data-parallel ranks."""
 

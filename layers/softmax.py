@@ -46,7 +46,7 @@ class Softmax(Mixer):
         if not sequence.fresh and not sequence.single_tokens:
             before = tuple((state["key"][row, :n], state["value"][row, :n]) for row, n in enumerate(sequence.offsets))
         for name, new in (("key", k), ("value", v)):
-            cache = _reserve(state[name], max(sequence.totals))
+            cache = reserve(state[name], max(sequence.totals))
             state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
         if sequence.single_tokens:
             return attention_step(q.transpose(0, 1), state["key"], state["value"], sequence.positions + 1).transpose(
@@ -72,20 +72,20 @@ class Softmax(Mixer):
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         item = self._place(None, dtype)["dtype"].itemsize
-        return _capacity(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
+        return capacity(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
 
     def flops(self, length: int, causal: bool = True) -> float:
         keys = (length + 1) / 2 if causal else length
         return self.projections.flops() + 4 * self.options.heads * self.options.head_dim * keys
 
 
-def _capacity(length: int) -> int:
+def capacity(length: int) -> int:
     return -(-length // CACHE_BLOCK) * CACHE_BLOCK
 
 
-def _reserve(cache: torch.Tensor, length: int) -> torch.Tensor:
+def reserve(cache: torch.Tensor, length: int) -> torch.Tensor:
     """The cache [B, capacity, Hk, D] with room for `length` tokens a row."""
-    extra = _capacity(length) - cache.shape[1]
+    extra = capacity(length) - cache.shape[1]
     if extra <= 0:
         return cache
     return torch.cat([cache, cache.new_zeros(cache.shape[0], extra, *cache.shape[2:])], dim=1)

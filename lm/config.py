@@ -8,6 +8,7 @@ from transformers.generation import GenerationConfig
 
 from farspan.layers.mixer import MixerOptions, check_type, mixer_type, nearest, parse_options
 from farspan.layers.mlp import ACTIVATIONS
+from farspan.layers.rotary import Rope
 from farspan.lm.rope import rope_from_parameters
 
 # What transformers itself passes besides the fields: stored by saving, or by from_pretrained.
@@ -107,7 +108,7 @@ class DecoderConfig(PreTrainedConfig):
         name = given.pop("mixer", None)
         if name is None:
             raise ValueError(f"an entry of mixer_pattern has no `mixer`: {entry}")
-        taken = {field.name for field in fields(mixer_type(name).options_type)}
+        taken = {field.name: field.default for field in fields(mixer_type(name).options_type)}
         values = {
             "width": self.hidden_size,
             "heads": self.num_attention_heads,
@@ -119,7 +120,7 @@ class DecoderConfig(PreTrainedConfig):
         values = {key: value for key, value in values.items() if key in taken}
         if "width" in given:
             raise ValueError(f"{name}: width is the decoder's hidden_size; leave it out of mixer_pattern")
-        if "rope" in taken:
+        if isinstance(taken.get("rope"), Rope):
             rope = given.pop("rope", self.rope_parameters)
             if isinstance(rope, dict):
                 rope = rope_from_parameters(self, rope)

@@ -90,6 +90,8 @@ class DecoderPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
+        elif isinstance(module, Mixer):
+            module.reset_parameters()
 
 
 class Decoder(DecoderPreTrainedModel):

@@ -15,8 +15,8 @@ def rope_from_parameters(config: DecoderConfig, parameters: dict[str, Any]) -> R
 
     Every scaling that transformers computes is known (default, linear, proportional, llama3, yarn, dynamic, longrope).
     The last two depend on the length in transformers, which makes a token's keys depend on how the prompt was cut;
-    here they are fixed by `max_position_embeddings`, as inference servers do: dynamic at `factor` times as many positions,
-    longrope with its long factors where it exceeds the original length.
+    here they are fixed by `max_position_embeddings`, as inference servers do: dynamic at `factor` times as many
+    positions, longrope with its long factors where it exceeds the original length.
     Raises ValueError for an unknown type or a missing parameter.
     """
     kind = parameters.get("rope_type", "default")

@@ -21,16 +21,18 @@ from farspan.lm.recipe import ParallelSpec
 WIDTH, HEADS = 16, 4
 # Options for tests, and a length at which the reference computes no more than the full convention counts.
 SMALL = {
+    "rat": {"chunk": 4, "groups": 2},
     "softmax": {"kv_heads": 2},
     "window": {"kv_heads": 2, "window": 5},
 }
-REACH = {"softmax": 12, "window": 5}
+REACH = {"rat": 13, "softmax": 12, "window": 5}
 
 TORCH_KERNELS = "its fused form is torch's CUDA flash attention, which has no interpreter"
 NO_RULE = "it has no sharding rule yet"
 EXEMPT = {
     ("fused", "softmax"): TORCH_KERNELS,
     ("fused", "window"): TORCH_KERNELS,
+    ("context parallel", "rat"): NO_RULE,
     ("context parallel", "softmax"): NO_RULE,
     ("context parallel", "window"): NO_RULE,
 }

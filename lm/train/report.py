@@ -39,7 +39,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Turns step results into records: rates over the steps since the last record, time left by the median of the last 50 steps."""
+    """Turns step results into records: rates since the last one, time left by the median of the last 50 steps."""
 
     def __init__(self, model: Any, sequence_length: int, tokens_per_device: int, device: torch.device):
         self._tokens = tokens_per_device

@@ -1,0 +1,43 @@
+"""Every shipped recipe is read, built and estimated; every mixer is there from kernel to page."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from farspan import DecoderForCausalLM
+from farspan.layers import MIXERS
+from farspan.lm.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
+def test_recipe_is_whole(path):
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem and recipe.description
+    assert "loss" in recipe.expected or recipe.expected in ("not yet measured", "see docs/results.md")
+    assert recipe.resolve(1).reason
+    with torch.device("meta"):
+        model = DecoderForCausalLM(recipe.decoder_config())
+    assert model.flops_per_token(recipe.batch.sequence_length) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("1b3_softmax", 1273.6), ("1b3_rat", 1298.8), ("1b3_rat_window", 1286.2)]
+)
+def test_published_sizes(name, millions):
+    recipe = load_recipe(ROOT / f"recipes/pretrain/{name}.yaml")
+    with torch.device("meta"):
+        model = DecoderForCausalLM(recipe.decoder_config())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(MIXERS))
+def test_a_mixer_is_there_from_kernel_to_page(name):
+    assert (ROOT / f"kernels/{name}/reference.py").is_file() or name == "window"  # window's definition is softmax's
+    assert (ROOT / f"layers/{name}.py").is_file()
+    assert (ROOT / f"docs/{name}.md").read_text().startswith(f"# {name}\n")
+    used = {mixer for path in RECIPES for mixer, _ in load_recipe(path).decoder_config().mixers()}
+    assert name in used
