@@ -1,15 +1,14 @@
 """Training speed of a `softmax` decoder beside the same-shaped Llama of transformers, both in a plain PyTorch loop."""
 
 import statistics
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from farspan.eval.memory import peak_bytes
+from farspan.eval.timing import alternate, stopwatch
 
 PEER = "transformers Llama"
 OURS = "farspan softmax"
@@ -63,10 +62,9 @@ def bench_train(shape: Shape, steps: int, device: str, rounds: Iterable[int]) ->
     memory = {name: peak_bytes(trainer) for name, trainer in trainers.items()}
     for trainer in trainers.values():  # the first step after the profiler is slow
         trainer()
-    speeds: dict[str, list[float]] = {name: [] for name in trainers}
-    for round_ in rounds:
-        for name in list(trainers)[:: 1 if round_ % 2 == 0 else -1]:
-            speeds[name].append(shape.tokens * steps / _seconds(trainers[name], steps, device))
+    works = {name: _repeated(trainer, steps) for name, trainer in trainers.items()}
+    seconds = alternate(works, rounds, stopwatch(torch.device(device)))
+    speeds = {name: [shape.tokens * steps / time for time in times] for name, times in seconds.items()}
     ratios = [ours / peer for ours, peer in zip(speeds[OURS], speeds[PEER], strict=True)]
     return {
         "shape": asdict(shape),
@@ -94,13 +92,19 @@ def _trainer(model: torch.nn.Module, loss: Callable[[Any], torch.Tensor]) -> Cal
     return step
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """The speed of each side, round by round, and its memory; replaces `path` in one rename."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def _repeated(step: Callable[[], None], steps: int) -> Callable[[], None]:
+    def work() -> None:
+        for _ in range(steps):
+            step()
+
+    return work
+
+
+def picture(result: dict[str, Any]) -> Any:
+    """The speed of each side, round by round, and its memory: a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     speed, memory = figure.subplots(1, 2, width_ratios=[2, 1])
     for (name, values), color in zip(result["tokens_per_second"].items(), _COLORS, strict=True):
         speed.plot(range(1, len(values) + 1), values, "o-", color=color, label=name)
@@ -117,19 +121,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     memory.set_ylabel("peak memory of a step, MB")
     for axes in (speed, memory):
         axes.spines[["top", "right"]].set_visible(False)
-    aside = path.with_name(f".{path.name}.new")
-    figure.savefig(aside, format="png", dpi=130)
-    aside.replace(path)
-
-
-def _seconds(step: Callable[[], None], steps: int, device: str) -> float:
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    synchronize()
-    return time.perf_counter() - start
+    return figure
 
 
 def _decoder_loss(shape: Shape, ids: torch.Tensor) -> Callable[[Any], torch.Tensor]:

@@ -118,9 +118,16 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def new_state(
-        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int = 0,
     ) -> State:
-        """An empty state for `batch` rows: batch-first tensors, among them `position`, int64 [batch] on the host."""
+        """An empty state for `batch` rows: batch-first tensors, among them `position`, int64 [batch] on the host.
+
+        capacity: tokens to make room for at once, so that no later step has to grow a cache.
+        """
 
     @abstractmethod
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:

@@ -12,7 +12,7 @@ from farspan.kernels.rat.step import rat_step
 from farspan.kernels.softmax import write_slots
 from farspan.layers.mixer import Mixed, Mixer, MixerOptions, State, register
 from farspan.layers.sequence import Sequence
-from farspan.layers.softmax import capacity, reserve
+from farspan.layers.softmax import reserve, slots_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +86,15 @@ class Rat(Mixer):
             return rat(*arguments, sequence.lengths, options.chunk, rope=rope, backend=options.backend)[0]
         if sequence.single_tokens:
             *inputs, bias, z = (x if x.ndim == 2 else x.transpose(0, 1) for x in arguments)
+            chunks = -(-max(sequence.totals) // options.chunk)
             for name in ("keys", "values"):
-                state[name] = reserve(state[name], -(-max(sequence.totals) // options.chunk))
-            before = RatState(**{name: state[name] for name in RatState._fields})
+                state[name] = reserve(state[name], chunks)
             y, after = rat_step(
-                *inputs, bias, z, sequence.positions, options.chunk, before, rope, backend=options.backend
+                *(*inputs, bias, z, sequence.positions, options.chunk),
+                RatState(**{name: state[name] for name in RatState._fields}),
+                rope,
+                reach=slots_for(chunks),
+                backend=options.backend,
             )
             state.update(after._asdict())
             return y.transpose(0, 1)
@@ -103,7 +107,10 @@ class Rat(Mixer):
         before = None
         if not sequence.fresh:
             caches = (state["keys"], state["values"])
-            summaries = (torch.cat([cache[row, :count] for row, count in enumerate(known)]) for cache in caches)
+            summaries = (
+                torch.cat([cache[row, :, :count].transpose(0, 1) for row, count in enumerate(known)])
+                for cache in caches
+            )
             before = RatState(state["key"], state["value"], *summaries)
         y, after = rat(
             *arguments,
@@ -129,21 +136,26 @@ class Rat(Mixer):
         return rows.to(sequence.positions.device), slots.to(sequence.positions.device)
 
     def new_state(
-        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int = 0,
     ) -> State:
         options, place = self.options, self._place(device, dtype)
+        slots = slots_for(-(-capacity // options.chunk))
         wide = {**place, "dtype": torch.promote_types(place["dtype"], torch.float32)}
         return {
             "key": torch.zeros(batch, options.heads, options.head_dim, **wide),
             "value": torch.zeros(batch, options.heads, options.head_dim, **wide),
-            "keys": torch.zeros(batch, 0, options.heads, options.head_dim, **place),
-            "values": torch.zeros(batch, 0, options.heads, options.head_dim, **place),
+            "keys": torch.zeros(batch, options.heads, slots, options.head_dim, **place),
+            "values": torch.zeros(batch, options.heads, slots, options.head_dim, **place),
             "position": torch.zeros(batch, dtype=torch.int64),
         }
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         dtype = self._place(None, dtype)["dtype"]
-        slots = capacity(-(-length // self.options.chunk))
+        slots = slots_for(-(-length // self.options.chunk))
         wide = torch.promote_types(dtype, torch.float32).itemsize
         return 2 * self.options.heads * self.options.head_dim * (slots * dtype.itemsize + wide) + 8
 

@@ -44,14 +44,16 @@ class Softmax(Mixer):
             return self._attend(q, k, v, sequence)
         before = None
         if not sequence.fresh and not sequence.single_tokens:
-            before = tuple((state["key"][row, :n], state["value"][row, :n]) for row, n in enumerate(sequence.offsets))
+            before = tuple(
+                (_first(state["key"][row], n), _first(state["value"][row], n)) for row, n in enumerate(sequence.offsets)
+            )
         for name, new in (("key", k), ("value", v)):
             cache = reserve(state[name], max(sequence.totals))
             state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
         if sequence.single_tokens:
-            return attention_step(q.transpose(0, 1), state["key"], state["value"], sequence.positions + 1).transpose(
-                0, 1
-            )
+            used = slots_for(max(sequence.totals))
+            keys, values = state["key"][:, :, :used], state["value"][:, :, :used]
+            return attention_step(q.transpose(0, 1), keys, values, sequence.positions + 1).transpose(0, 1)
         return self._attend(q, k, v, sequence, before)
 
     def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
@@ -60,9 +62,13 @@ class Softmax(Mixer):
         )[0]
 
     def new_state(
-        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int = 0,
     ) -> State:
-        shape = (batch, 0, self.options.kv_heads, self.options.head_dim)
+        shape = (batch, self.options.kv_heads, slots_for(capacity), self.options.head_dim)
         place = self._place(device, dtype)
         return {
             "key": torch.zeros(shape, **place),
@@ -72,20 +78,26 @@ class Softmax(Mixer):
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         item = self._place(None, dtype)["dtype"].itemsize
-        return capacity(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
+        return slots_for(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
 
     def flops(self, length: int, causal: bool = True) -> float:
         keys = (length + 1) / 2 if causal else length
         return self.projections.flops() + 4 * self.options.heads * self.options.head_dim * keys
 
 
-def capacity(length: int) -> int:
-    return -(-length // CACHE_BLOCK) * CACHE_BLOCK
+def slots_for(count: int) -> int:
+    """Slots of a cache with room for `count` entries."""
+    return -(-count // CACHE_BLOCK) * CACHE_BLOCK
 
 
-def reserve(cache: torch.Tensor, length: int) -> torch.Tensor:
-    """The cache [B, capacity, Hk, D] with room for `length` tokens a row."""
-    extra = capacity(length) - cache.shape[1]
+def reserve(cache: torch.Tensor, count: int) -> torch.Tensor:
+    """The cache [B, Hk, capacity, D] with room for `count` entries a row."""
+    extra = slots_for(count) - cache.shape[2]
     if extra <= 0:
         return cache
-    return torch.cat([cache, cache.new_zeros(cache.shape[0], extra, *cache.shape[2:])], dim=1)
+    return torch.cat([cache, cache.new_zeros(*cache.shape[:2], extra, cache.shape[3])], dim=2)
+
+
+def _first(cache: torch.Tensor, count: int) -> torch.Tensor:
+    """The first entries of one row's cache [Hk, capacity, D], as [count, Hk, D]."""
+    return cache[:, :count].transpose(0, 1)

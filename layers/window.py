@@ -72,7 +72,7 @@ class Window(Mixer):
         """The keys and values that row `row` keeps of the tokens before `offset`, in their order."""
         window = self.options.window
         slots = torch.arange(max(0, offset - window + 1), offset, device=state["key"].device) % window
-        return state["key"][row, slots], state["value"][row, slots]
+        return state["key"][row, :, slots].transpose(0, 1), state["value"][row, :, slots].transpose(0, 1)
 
     def _write(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
         """Bring the ring up to date with the last `window` tokens of each document; no slot is written twice."""
@@ -82,9 +82,13 @@ class Window(Mixer):
             state[name] = write_slots(state[name], rows, slots, new[0] if last is None else new[0, last])
 
     def new_state(
-        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int = 0,
     ) -> State:
-        shape = (batch, self.options.window, self.options.kv_heads, self.options.head_dim)
+        shape = (batch, self.options.kv_heads, self.options.window, self.options.head_dim)
         place = self._place(device, dtype)
         return {
             "key": torch.zeros(shape, **place),

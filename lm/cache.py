@@ -62,7 +62,7 @@ class DecoderCache(Cache):
                 old = whole[name]
                 if old.shape[1:] != new.shape[1:]:  # a growing cache grew
                     grown = old.new_zeros(old.shape[0], *new.shape[1:])
-                    grown[:, : old.shape[1]] = old
+                    grown[tuple(slice(size) for size in old.shape)] = old
                     old = grown
                 whole[name] = old.index_copy(0, index.to(old.device), new)
 

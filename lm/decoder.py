@@ -165,9 +165,9 @@ class Decoder(DecoderPreTrainedModel):
         x = self.norm(x)
         return x, losses, metrics, hidden + [x] * keep
 
-    def new_cache(self, batch: int) -> DecoderCache:
-        """An empty cache for `batch` rows."""
-        return DecoderCache([layer.mixer.new_state(batch) for layer in self.layers])
+    def new_cache(self, batch: int, capacity: int = 0) -> DecoderCache:
+        """An empty cache for `batch` rows, with room for `capacity` tokens before it has to grow."""
+        return DecoderCache([layer.mixer.new_state(batch, capacity=capacity) for layer in self.layers])
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -295,7 +295,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         return 3 * forward
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, *_, **__
+        self, generation_config, model_kwargs, generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
         """Called by `generate`: our own cache, and a clear refusal of what recurrent states cannot do."""
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
@@ -310,7 +310,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             check_cache(model_kwargs["past_key_values"])
         elif generation_config.use_cache:
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs["past_key_values"] = self.model.new_cache(batch_size * copies)
+            model_kwargs["past_key_values"] = self.model.new_cache(batch_size * copies, max_cache_length)
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)  # transformers checks arguments by the signature
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:

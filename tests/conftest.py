@@ -1,4 +1,4 @@
-"""Settings of every test process: one thread each (two on a busy machine are ten times slower), a fixed seed."""
+"""Settings of every test process: one thread (two on a busy machine are ten times slower), a fixed seed."""
 
 import os
 
@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["COLUMNS"] = "200"  # tables of the command line keep their lines whole; read when the console is made
 
 import pytest
 import torch

@@ -208,6 +208,18 @@ def test_state_bytes_are_as_stated(name, length):
 
 
 @mixers
+def test_a_preallocated_state_never_grows(name):
+    mixer, x = make(name), rows(2, 140)
+    state = mixer.new_state(2, capacity=300)
+    places = {key: value.data_ptr() for key, value in state.items() if value.ndim > 3}
+    with torch.no_grad():
+        first = mixer(x[:, :9], state=state).output
+        steps = [mixer(token, state=state).output for token in x[:, 9:].split(1, dim=1)]
+    assert_same([torch.cat([first, *steps], dim=1)], [mixer(x).output])
+    assert places == {key: value.data_ptr() for key, value in state.items() if value.ndim > 3}
+
+
+@mixers
 def test_a_state_refuses_another_position(name):
     mixer, x = make(name), rows(1, 4)
     state = mixer.new_state(1)

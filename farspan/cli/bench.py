@@ -1,5 +1,10 @@
 """`farspan bench`: farspan beside its peers, in one process, in turn."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,13 +14,106 @@ from farspan.lm.console import console
 
 app = typer.Typer(no_args_is_help=True)
 
+Mixers = Annotated[str, typer.Option(help="Names, separated by commas; softmax is always measured.")]
+Heads = Annotated[int | None, typer.Option(min=1, help="8 on CPU, 16 on CUDA.")]
+Width = Annotated[int | None, typer.Option(min=1, help="512 on CPU, 2048 on CUDA.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the first on CPU, the second on CUDA.")]
+Output = Annotated[Path, typer.Option(help="Folder for the JSON, the table and the picture.")]
+RESULTS = Path("benchmarks/results")
+
 
 @app.callback()
 def group() -> None:
     """Measure farspan beside its peers: in one process, in turn, after a check that both compute the same.
 
-    Example: `farspan bench train --rounds 10`
+    Example: `farspan bench kernels --mixers softmax,rat --lengths 4096,16384`
     """
+
+
+@app.command()
+def kernels(
+    mixers: Mixers = "softmax,window,rat",
+    lengths: Annotated[str | None, typer.Option(help="Tokens of a document, separated by commas.")] = None,
+    width: Width = None,
+    heads: Heads = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a call; one document on CPU.")] = None,
+    backward: Annotated[bool, typer.Option(help="Also the backward pass.")] = True,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every side runs once in each.")] = 7,
+    compiled: Annotated[bool | None, typer.Option(help="Run all layers under torch.compile; on CUDA.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    compile_only: Annotated[bool, typer.Option("--compile-only", help="Only compile the Triton kernels.")] = False,
+    arch: Annotated[str, typer.Option(help="Architecture for --compile-only: sm_80 or sm_90.")] = "sm_90",
+    output: Output = RESULTS,
+) -> None:
+    """Time and memory of mixer layers, forward and backward, against torch's softmax attention.
+
+    A layer whose outputs or gradients are wrong gets no numbers, and the exit status is 1. On CUDA the defaults are the
+    published protocol of RAT: 262,144 tokens per call, in documents of 4096 to 131,072.
+
+    `--compile-only` needs no GPU: it shows registers, spills, shared memory and matrix instructions of every Triton
+    kernel, with exit status 1 if one spills or is too large.
+
+    Example: `farspan bench kernels --mixers softmax,rat --lengths 4096,16384`
+    """
+    if compile_only:
+        _compile_only(arch)
+        return
+    from farspan.eval.bench_kernels import Protocol, bench_kernels, picture, steps
+
+    place, precision = _device(device), _dtype(dtype, device)
+    cuda = place.type == "cuda"
+    protocol = Protocol(
+        width or (2048 if cuda else 512),
+        heads or (16 if cuda else 8),
+        _lengths(lengths) or ((4096, 8192, 16384, 32768, 65536, 131072) if cuda else (4096, 16384)),
+        tokens or (262_144 if cuda else None),
+        precision,
+        place,
+        backward,
+        cuda if compiled is None else compiled,
+    )
+    with _progress(steps(protocol, rounds)) as progress:
+        result = bench_kernels(_names(mixers), protocol, rounds, progress)
+    _finish(output, "kernels", result, kernels_table(result), picture(result))
+
+
+@app.command()
+def decode(
+    mixers: Mixers = "softmax,window,rat",
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows; 16 on CPU, 512 on CUDA.")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens seen; 16,384 on CPU, 4096 on CUDA.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps; every side takes each in turn.")] = 50,
+    width: Width = None,
+    heads: Heads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Output = RESULTS,
+) -> None:
+    """Time of one decoding step of mixer layers at a long context, against softmax attention on a preallocated cache.
+
+    A layer whose steps do not equal its forward pass gets no numbers, and the exit status is 1. On CUDA a step is
+    replayed as a CUDA graph.
+
+    Example: `farspan bench decode --batch 16 --context 16384`
+    """
+    from farspan.eval.bench_decode import Decoding, bench_decode, picture
+
+    place, precision = _device(device), _dtype(dtype, device)
+    cuda = place.type == "cuda"
+    decoding = Decoding(
+        width or (2048 if cuda else 512),
+        heads or (16 if cuda else 8),
+        batch or (512 if cuda else 16),
+        context or (4096 if cuda else 16384),
+        steps,
+        precision,
+        place,
+    )
+    with _progress(steps + 1) as progress:
+        result = bench_decode(_names(mixers), decoding, progress)
+    _finish(output, "decode", result, decode_table(result), picture(result))
 
 
 @app.command()
@@ -28,7 +126,7 @@ def train(
     vocabulary: Annotated[int, typer.Option(min=2)] = 4096,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a document.")] = 512,
     rows: Annotated[int, typer.Option(min=1, help="Documents of a step.")] = 4,
-    output: Annotated[Path, typer.Option(help="Folder for train.json and train.png.")] = Path("benchmarks/results"),
+    output: Output = RESULTS,
 ) -> None:
     """Training throughput and memory of a `softmax` decoder against transformers' Llama of the same shape.
 
@@ -37,29 +135,174 @@ def train(
     import torch
     from rich.progress import track
 
-    from farspan.eval.bench_train import Shape, bench_train, plot
-    from farspan.eval.report import write_json
+    from farspan.eval.bench_train import Shape, bench_train, picture
 
     if width % heads:
         raise ValueError(f"--width {width} is not divisible by --heads {heads}; use a multiple")
     shape = Shape(vocabulary, width, width * 11 // 4, layers, heads, max(1, heads // 2), length, rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     result = bench_train(shape, steps, device, track(range(rounds), "rounds", console=console))
-    write_json(output / "train.json", result)
-    plot(result, output / "train.png")
-    console.print(table(result))
-    console.print(f"written to {output / 'train.json'} and {output / 'train.png'}", style="dim", markup=False)
+    _finish(output, "train", result, train_table(result), picture(result))
 
 
-def table(result: dict[str, Any]) -> Any:
+def _finish(folder: Path, name: str, result: dict[str, Any], table: Any, figure: Any) -> None:
+    """Print and write a result; exit status 1 if a row failed its check."""
+    from farspan.eval.report import write_report
+
+    write_report(folder, name, result, table, figure)
+    console.print(table)
+    for peer, reason in result.get("left_out", {}).items():
+        console.print(f"left out: {peer} ({reason})", style="dim", markup=False)
+    console.print(f"written to {folder / name}.json, .txt and .png", style="dim", markup=False)
+    if not all(row["check"]["passed"] for row in result.get("rows", ())):
+        raise typer.Exit(1)
+
+
+def kernels_table(result: dict[str, Any]) -> Any:
+    """What `bench_kernels` found, as a rich table grouped by length."""
+    published = any(row.get("published_ratio") for row in result["rows"])
+    extra = ("published",) if published else ()
+    table = _table("tokens", "layer", "ms", "x softmax", *extra, "tokens/s", "TFLOP/s", "memory", "error", "eager", "")
+    previous = None
+    for row in result["rows"]:
+        if previous not in (None, row["length"]):
+            table.add_section()
+        cells = [f"{row['length']:,}" if previous != row["length"] else "", row["name"]]
+        previous = row["length"]
+        if "seconds" in row:
+            cells += [f"{1e3 * row['median_seconds']:,.1f}", _times(row["ratio"])]
+            cells += [_times(row["published_ratio"])] if published else []
+            flops = row["tflops_per_second"]
+            cells += [f"{row['tokens_per_second']:,.0f}", "" if flops is None else f"{flops:.3g}"]
+            cells += [f"{row['peak_bytes'] / 1e6:,.0f} MB"]
+        else:
+            cells += ["wrong", *[""] * (4 + len(extra))]
+        _add_checked(table, cells, row["check"])
+    return table
+
+
+def decode_table(result: dict[str, Any]) -> Any:
+    """What `bench_decode` found, as a rich table."""
+    published = any(row.get("published_ratio") for row in result["rows"])
+    extra = ("published",) if published else ()
+    table = _table("layer", "ms/step", "x softmax", *extra, "tokens/s", "state", "GB/s", "error", "eager", "")
+    for row in result["rows"]:
+        cells = [row["name"]]
+        if "seconds" in row:
+            cells += [f"{1e3 * row['median_seconds']:,.3g}", _times(row["ratio"])]
+            cells += [_times(row["published_ratio"])] if published else []
+            cells += [f"{row['tokens_per_second']:,.0f}", f"{row['state_bytes'] / 1e6:,.1f} MB"]
+            cells += [f"{row['state_bytes'] / row['median_seconds'] / 1e9:,.3g}"]
+        else:
+            cells += ["wrong", *[""] * (4 + len(extra))]
+        _add_checked(table, cells, row["check"])
+    return table
+
+
+def train_table(result: dict[str, Any]) -> Any:
     """What `bench_train` found, as a rich table."""
+    table = _table("", "tokens/s", "peak memory")
+    for name, speed in result["median_tokens_per_second"].items():
+        table.add_row(name, f"{speed:,.0f}", f"{result['peak_bytes'][name] / 1e6:,.0f} MB")
+    ours, peer = result["peak_bytes"].values()
+    table.add_row("median ratio", f"{result['median_ratio']:.3f}", f"{ours / peer:.3f}", style="bold")
+    return table
+
+
+def compile_table(reports: list[Any]) -> Any:
+    """What became of every Triton kernel, as a rich table."""
+    columns = ("kernel", "head dim", "warps", "registers", "spilled", "shared memory", "matrix", "faults")
+    table = _table("operator", *columns)
+    for report in reports:
+        cells = (report.head_dim, report.num_warps, report.registers, report.spilled, f"{report.shared:,}")
+        faults = "; ".join(report.faults)
+        style = "red" if faults else None
+        table.add_row(report.operator, report.kernel, *map(str, cells), report.matrix, faults, style=style)
+    return table
+
+
+def _compile_only(arch: str) -> None:
+    """Print the table of compiled kernels, from a process in which Triton compiles and does not interpret."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-P", "-c", "from farspan.cli import main; main()"]
+        command += ["bench", "kernels", "--compile-only", "--arch", arch]
+        raise typer.Exit(subprocess.run(command, env=environment, check=False).returncode)
+    from farspan.kernels.compile import compile_report
+
+    with console.status(f"compiling for {arch}"):
+        reports = compile_report(arch, workers=len(os.sched_getaffinity(0)))
+    console.print(compile_table(reports))
+    faulty = sum(bool(report.faults) for report in reports)
+    console.print(f"{len(reports)} kernels for {arch}: {faulty or 'none'} with faults", style="red" if faulty else None)
+    if faulty:
+        raise typer.Exit(1)
+
+
+def _table(*titles: str) -> Any:
     from rich.table import Table
 
-    shown = Table("", box=None, pad_edge=False, header_style="dim")
-    for title in ("tokens/s", "peak memory"):
-        shown.add_column(title, justify="right")
-    for name, speed in result["median_tokens_per_second"].items():
-        shown.add_row(name, f"{speed:,.0f}", f"{result['peak_bytes'][name] / 1e6:,.0f} MB")
-    ours, peer = result["peak_bytes"].values()
-    shown.add_row("median ratio", f"{result['median_ratio']:.3f}", f"{ours / peer:.3f}", style="bold")
-    return shown
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    words = ("layer", "operator", "kernel", "matrix", "faults", "")
+    for title in titles:
+        table.add_column(title, justify="left" if title in words else "right")
+    return table
+
+
+def _add_checked(table: Any, cells: list[str], check: dict[str, Any]) -> None:
+    """A row with the errors of its check at the end; red, with the name of the tensor that is wrong, if it failed."""
+    errors = [f"{check[name]:.1e}" for name in ("error", "eager_error")]
+    if check["passed"]:
+        table.add_row(*cells, *errors)
+    else:
+        table.add_row(*cells, *errors, check["tensor"], style="red")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3g}x"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar that takes `total` steps; each is announced by a line of text as it begins."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total, completed=-1)
+
+        def begin(text: str) -> None:
+            bar.update(task, description=text, advance=1)
+
+        yield begin
+
+
+def _names(mixers: str) -> list[str]:
+    return [name.strip() for name in mixers.split(",") if name.strip()]
+
+
+def _lengths(given: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(length) for length in given.split(",")) if given else ()
+    except ValueError:
+        raise ValueError(f"--lengths {given} are not numbers separated by commas, as in 4096,16384") from None
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not one of cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str | None, device: str | None) -> Any:
+    import torch
+
+    name = name or ("bfloat16" if _device(device).type == "cuda" else "float32")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype {name} is not one of float32, bfloat16, float16")
+    return getattr(torch, name)

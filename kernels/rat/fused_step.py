@@ -61,10 +61,10 @@ def step_kernel(
         query = query * cosine + tl.load(partner, mask=real, other=0.0).to(tl.float32) * sine
         swapped = tl.reshape(swap_halves(tl.reshape(key, [1, 1, PADDED]), 1, 1, PADDED), [PADDED])
         key = key * cosine + swapped * sine
-    base = row * capacity * (HEADS * DIM) + head * DIM + channel
+    base = (row * HEADS + head) * capacity * DIM + channel
     ends = real & owner & (slot == chunk - 1) & (index < capacity)
-    tl.store(keys + base + index * (HEADS * DIM), key, mask=ends)
-    tl.store(values + base + index * (HEADS * DIM), value, mask=ends)
+    tl.store(keys + base + index * DIM, key, mask=ends)
+    tl.store(values + base + index * DIM, value, mask=ends)
 
     most = tl.where(owner, own, float("-inf"))
     weight = tl.where(owner, 1.0, 0.0)
@@ -73,7 +73,7 @@ def step_kernel(
     for n in range(split * part, tl.minimum((split + 1) * part, index), N):
         summary = n + tl.arange(0, N)
         mask = (summary < index)[:, None] & real[None, :]
-        places = base[None, :] + summary[:, None] * (HEADS * DIM)
+        places = base[None, :] + summary[:, None] * DIM
         scores = tl.sum(tl.load(keys + places, mask=mask, other=0.0).to(tl.float32) * query[None, :], axis=1) * scale
         scores = tl.where(summary < index, scores, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, axis=0))
@@ -120,7 +120,7 @@ def _step(
 ) -> torch.Tensor:
     """o, fp32 [B, H, D]."""
     batch, _, heads, dim = v.shape
-    capacity = keys.shape[1]
+    capacity = keys.shape[2]
     splits = max(1, min(triton.cdiv(PROGRAMS, batch * heads), capacity // PART))
     out = v.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     lse = v.new_empty(batch, heads, splits, dtype=torch.float32)

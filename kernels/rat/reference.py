@@ -40,11 +40,13 @@ def rat_reference(
         # k~_t = g_t k~_{t-1} + (1 - g_t) k_t, starting from nothing at every chunk; v~ likewise
         key, value = running[0][document].to(dtype), running[1][document].to(dtype)
         running_keys, running_values = [], []
+        # unbound once: the backward pass of g[t] writes a whole zero tensor for every token
+        gates, inverse, new_keys, new_values = (x.unbind() for x in (g, closed, keys, values))
         for t in range(length):
             if (offset + t) % chunk == 0:
                 key, value = torch.zeros_like(key), torch.zeros_like(value)
-            key = g[t] * key + closed[t] * keys[t]
-            value = g[t] * value + closed[t] * values[t]
+            key = gates[t] * key + inverse[t] * new_keys[t]
+            value = gates[t] * value + inverse[t] * new_values[t]
             running_keys.append(key)
             running_values.append(value)
             if (offset + t) % chunk == chunk - 1:

@@ -24,6 +24,7 @@ def rat_step(
     rope: Rope = None,
     *,
     scale: float | None = None,
+    reach: int | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, RatState]:
     """The next token of every row, each at its own position.
@@ -32,9 +33,10 @@ def rat_step(
     positions: int64 [B], tokens before this one, on the device: nothing here waits for it, so that the step can be
     captured in a CUDA graph.
     state: key and value, fp32 [B, H, D], of the chunk that each row is in (ignored where a chunk begins); keys (turned)
-    and values, [B, capacity, H, D], of which row b reads the first positions[b] // chunk slots and fills the next one
-    with the last token of a chunk; the slots after it may hold any finite numbers. The caller sees to it that capacity
-    and rope reach that far.
+    and values, head-major [B, H, capacity, D], of which row b reads the first positions[b] // chunk slots and fills the
+    next one with the last token of a chunk; the slots after it may hold any finite numbers. The caller sees to it that
+    capacity and rope reach that far.
+    reach: slots that any row may read, where the host knows of fewer than the capacity.
     Returns y [B, 1, H, D] and the state after it: the same tensors, changed in place, unless gradients are recorded:
     then new ones, through which they flow.
     """
@@ -56,29 +58,31 @@ def rat_step(
     index = positions // chunk
     own = scale * (query * key).sum(-1)
     attend = _attend_recorded if recorded else _attend
-    o = attend(_turn(query, rope, index), own, value, state.keys, state.values, index, scale)
+    read = (state.keys[:, :, :reach], state.values[:, :, :reach])
+    o = attend(_turn(query, rope, index), own, value, *read, index, scale)
 
-    rows, slots = torch.arange(len(q), device=q.device), index.clamp(max=state.keys.shape[1] - 1)
+    slots = index.clamp(max=state.keys.shape[2] - 1)[:, None]
+    place = (torch.arange(len(q), device=q.device)[:, None], torch.arange(v.shape[2], device=q.device), slots)
     finished = (positions % chunk == chunk - 1)[:, None, None]
     caches = state.keys, state.values
     summaries = (_turn(key, rope, index), value)
-    new = [torch.where(finished, s.to(c.dtype), c[rows, slots]) for c, s in zip(caches, summaries, strict=True)]
+    new = [torch.where(finished, s.to(c.dtype), c[place]) for c, s in zip(caches, summaries, strict=True)]
     y = (torch.sigmoid(z[:, 0].to(dtype)) * o).to(v.dtype)[:, None]
     if recorded:
-        return y, RatState(key, value, *(c.index_put((rows, slots), n) for c, n in zip(caches, new, strict=True)))
+        return y, RatState(key, value, *(c.index_put(place, n) for c, n in zip(caches, new, strict=True)))
     state.key.copy_(key)
     state.value.copy_(value)
     for cache, summary in zip(caches, new, strict=True):
-        cache.index_put_((rows, slots), summary)
+        cache.index_put_(place, summary)
     return y, state
 
 
 def _attend(query, own, value, keys, values, counts, scale) -> torch.Tensor:
-    """o [B, H, D] of query [B, H, D] over the first `counts` of keys, values [B, capacity, H, D] and the token itself,
+    """o [B, H, D] of query [B, H, D] over the first `counts` of keys, values [B, H, slots, D] and the token itself,
     which has score own [B, H] and value [B, H, D].
     """
-    mask = hidden_mask(torch.arange(keys.shape[1], device=keys.device) >= counts[:, None], keys.dtype)[:, None, None]
-    block = query.to(keys.dtype)[:, :, None], keys.transpose(1, 2), values.transpose(1, 2)
+    mask = hidden_mask(torch.arange(keys.shape[2], device=keys.device) >= counts[:, None], keys.dtype)[:, None, None]
+    block = query.to(keys.dtype)[:, :, None], keys, values
     o, lse = (x[:, :, 0].to(query.dtype) for x in attention_block(*block, scale, mask))
     weight = torch.sigmoid(own - lse)[..., None]
     nothing = (counts == 0)[:, None, None]  # o and lse of no keys at all are not numbers
@@ -87,10 +91,10 @@ def _attend(query, own, value, keys, values, counts, scale) -> torch.Tensor:
 
 def _attend_recorded(query, own, value, keys, values, counts, scale) -> torch.Tensor:
     """The same where gradients are recorded, which the block's log-sum-exp does not carry."""
-    scores = scale * torch.einsum("bhd,bshd->bhs", query, keys.to(query.dtype))
-    hidden = (torch.arange(keys.shape[1], device=keys.device) >= counts[:, None])[:, None]
+    scores = scale * torch.einsum("bhd,bhsd->bhs", query, keys.to(query.dtype))
+    hidden = (torch.arange(keys.shape[2], device=keys.device) >= counts[:, None])[:, None]
     p = torch.cat([scores.masked_fill(hidden, float("-inf")), own[..., None]], dim=-1).softmax(-1)
-    return torch.einsum("bhs,bshd->bhd", p[..., :-1], values.to(query.dtype)) + p[..., -1:] * value
+    return torch.einsum("bhs,bhsd->bhd", p[..., :-1], values.to(query.dtype)) + p[..., -1:] * value
 
 
 def _turn(x: torch.Tensor, rope: Rope, index: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,9 @@
 
 import json
 import os
-import platform
 import random
 import shlex
-import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import numpy as np
 import torch
 import yaml
 
+from farspan.lm.environment import environment
 from farspan.lm.recipe import Recipe
 from farspan.lm.train.inputs import Inputs
 
@@ -113,34 +111,6 @@ class RunFolder:
 def _identity(inputs: Inputs) -> dict[str, Any]:
     """What a run depends on beside its recipe: by content, whatever the folders are called."""
     return {"tokenizer": inputs.train[0].tokenizer_hash, "corpus": [corpus.fingerprint for corpus in inputs.train]}
-
-
-def environment(ranks: int) -> dict[str, Any]:
-    """Versions, device and commit of this process."""
-    packages = ("farspan", "torch", "triton", "transformers", "deepspeed", "numpy")
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "cuda": torch.version.cuda if cuda else None,
-        "ranks": ranks,
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file belongs to, with "+" if it was changed since; None outside of one."""
-    folder = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(folder)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if changed else "")
 
 
 def random_state() -> dict[str, Any]:

@@ -166,19 +166,20 @@ def test_final_state_continues(window, backend):
 
 def test_step_reads_only_counted_slots():
     q = torch.randn(3, 1, 4, 8, dtype=torch.float64)
-    keys, values = torch.randn(2, 3, 10, 2, 8, dtype=torch.float64)
+    keys, values = torch.randn(2, 3, 2, 10, 8, dtype=torch.float64)
     counts = torch.tensor([1, 4, 10])
     output = attention_step(q, keys, values, counts)
     poisoned = keys.clone()
     for row, count in enumerate(counts.tolist()):
-        poisoned[row, count:] = 1e9
+        poisoned[row, :, count:] = 1e9
+        key, value = (x[row, :, :count].transpose(0, 1) for x in (keys, values))
         expected, _ = softmax_attention(
             q[row, None],
-            k=keys[row, count - 1 : count][None],
-            v=values[row, count - 1 : count][None],
-            lengths=(1,),
-            cu_seqlens=boundaries((1,)),
-            initial_state=((keys[row, : count - 1], values[row, : count - 1]),),
+            key[None, -1:],
+            value[None, -1:],
+            (1,),
+            boundaries((1,)),
+            initial_state=((key[:-1], value[:-1]),),
             backend="reference",
         )
         torch.testing.assert_close(output[row, None], expected, rtol=0, atol=1e-13)

@@ -222,7 +222,7 @@ def step_by_step(backend, dtype, chunk, heads, groups, dim, rope, waits, tokens,
     capacity = -(-tokens // chunk) + spare
     state = RatState(
         *(torch.full((batch, heads, dim), torch.nan, dtype=wide) for _ in range(2)),
-        *(torch.full((batch, capacity, heads, dim), 7.0, dtype=dtype) for _ in range(2)),
+        *(torch.full((batch, heads, capacity, dim), 7.0, dtype=dtype) for _ in range(2)),
     )
     positions = torch.zeros(batch, dtype=torch.int64)
     found = torch.full_like(v, torch.nan)
@@ -244,7 +244,7 @@ def step_by_step(backend, dtype, chunk, heads, groups, dim, rope, waits, tokens,
         move((positions < tokens).nonzero()[:, 0])
     chunks = tokens // chunk
     return (
-        (found, state.keys[:, :chunks], state.values[:, :chunks], state.key),
+        (found, state.keys[:, :, :chunks].transpose(1, 2), state.values[:, :, :chunks].transpose(1, 2), state.key),
         (
             torch.cat([one[0] for one in expected]),
             *(torch.stack([one[1][side] for one in expected]) for side in range(2)),
@@ -277,7 +277,7 @@ def test_a_step_records_gradients():
     q, k, v, gate, z = (torch.randn(2, 1, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(5))
     bias = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     key, value = (torch.randn(2, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    keys, values = (torch.randn(2, 4, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    keys, values = (torch.randn(2, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     positions = torch.tensor([5, 8])
 
     def step(*x):

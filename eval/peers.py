@@ -1,0 +1,148 @@
+"""What is measured side by side: mixers of farspan, and the other implementations that are installed here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from farspan.eval.gate import Check
+from farspan.kernels.softmax import write_slots
+from farspan.layers import Mixed, Sequence, build
+from farspan.layers.mixer import State, parse_options
+from farspan.layers.softmax import Softmax
+
+BASELINE = "softmax"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One row of a benchmark.
+
+    build(): the layer as it is measured; define(): the same function by its definition, with the same parameters.
+    baseline: whether it is softmax attention on a kernel of torch; ratios are against the fastest of these.
+    trains, decodes: which benchmarks it takes part in. peer: not ours, and left out where it cannot run.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    define: Callable[[], nn.Module]
+    baseline: bool = False
+    trains: bool = True
+    decodes: bool = True
+    peer: bool = False
+
+
+def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> list[Side]:
+    """`softmax`, the named mixers, and on CUDA the peers that are installed. ValueError for an unknown mixer."""
+    shape = {"width": width, "heads": heads}
+
+    def ours(name: str) -> Side:
+        return Side(
+            name,
+            lambda: build(name, **shape),
+            lambda: build(name, **shape, backend="reference"),
+            baseline=name == BASELINE,
+        )
+
+    names = list(dict.fromkeys([BASELINE, *mixers]))
+    for name in names:
+        parse_options(name, shape)
+    found = [ours(name) for name in names]
+    return found + (_peers(shape) if device.type == "cuda" else [])
+
+
+def checked(found: list[Side], check: Callable[[Side], Check]) -> tuple[dict[str, Check], dict[str, str]]:
+    """The check of every side, and of the peers that cannot run here the reason instead."""
+    checks, left_out = {}, {}
+    for side in found:
+        try:
+            checks[side.name] = check(side)
+        except Exception as error:
+            if not side.peer:
+                raise
+            left_out[side.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return checks, left_out
+
+
+def _peers(shape: dict[str, int]) -> list[Side]:
+    """On CUDA: torch's other softmax kernels, and flash-attention and flash-linear-attention where installed."""
+
+    def attention(name: str, attend: Callable[..., torch.Tensor], **flags: bool) -> Side:
+        options = parse_options(BASELINE, shape)
+        define = lambda: build(BASELINE, **shape, backend="reference")  # noqa: E731
+        return Side(name, lambda: _Attention(options, attend), define, peer=True, **flags)
+
+    found = [
+        # over whole documents it is the kernel that `softmax` calls
+        attention("sdpa flash", _sdpa(SDPBackend.FLASH_ATTENTION), baseline=True, trains=False),
+        attention("sdpa cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), baseline=True),
+    ]
+    if find_spec("flash_attn"):
+        from flash_attn import flash_attn_func
+
+        found.append(attention("flash-attn", lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)))
+    if find_spec("fla"):
+        found.append(
+            Side(
+                "fla gated linear attention",
+                lambda: _FlaLayer("chunk", **shape),
+                lambda: _FlaLayer("fused_recurrent", **shape),
+                decodes=False,
+                peer=True,
+            )
+        )
+    return found
+
+
+class _Attention(Softmax):
+    """The `softmax` layer around another kernel: attend(q, k, v, causal), all [documents, T, H, D].
+
+    Takes documents of one length only, and a state whose rows stand at one position.
+    """
+
+    def __init__(self, options: Any, attend: Callable[..., torch.Tensor]) -> None:
+        super().__init__(options)
+        self.attend = attend
+
+    def core(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
+    ) -> torch.Tensor:
+        if state is None:
+            q, k, v = (x.unflatten(1, (sequence.documents, -1))[0] for x in (q, k, v))
+            return self.attend(q, k, v, True).flatten(0, 1)[None]
+        if not sequence.single_tokens or state["key"].shape[2] < sequence.totals[0]:
+            return super().core(q, k, v, sequence, state)
+        for name, new in (("key", k), ("value", v)):
+            state[name] = write_slots(state[name], sequence.document_of_token, sequence.positions, new[0])
+        keys, values = (state[name][:, :, : sequence.totals[0]].transpose(1, 2) for name in ("key", "value"))
+        return self.attend(q.transpose(0, 1), keys, values, False).transpose(0, 1)
+
+
+def _sdpa(kernel: SDPBackend) -> Callable[..., torch.Tensor]:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        with sdpa_kernel(kernel):
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    return attend
+
+
+class _FlaLayer(nn.Module):
+    """flash-linear-attention's gated linear attention; its definition is its own step-by-step recurrence."""
+
+    def __init__(self, mode: str, width: int, heads: int) -> None:
+        from fla.layers import GatedLinearAttention
+
+        super().__init__()
+        self.layer = GatedLinearAttention(mode=mode, hidden_size=width, num_heads=heads)
+
+    def forward(self, x: torch.Tensor, sequence: Sequence) -> Mixed:
+        output = self.layer(x.unflatten(1, (sequence.documents, -1))[0])[0]
+        return Mixed(output.flatten(0, 1)[None])
