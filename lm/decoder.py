@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
 
 from farspan.layers.mixer import MIXERS, Mixer, MixerOptions, State
 from farspan.layers.mlp import MLP
@@ -22,6 +23,8 @@ from farspan.lm.cache import DecoderCache, check_cache, select
 from farspan.lm.config import DecoderConfig
 from farspan.lm.head import IGNORED, Head
 from farspan.lm.packing import Packing, pack_batch
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -136,6 +139,12 @@ class Decoder(DecoderPreTrainedModel):
             offsets=None if cache is None else cache.offsets,
             columns=0 if cache is None else cache.columns,
         )
+        longest = max(packing.sequence.totals)
+        if longest > self.config.max_position_embeddings:
+            logger.warning_once(
+                f"a document of {longest} tokens is longer than max_position_embeddings="
+                f"{self.config.max_position_embeddings}, which the model was made for: expect its loss to rise"
+            )
         states = [None] * len(self.layers) if cache is None else cache.states
         if packing.rows is not None and cache is not None:
             states = select(cache.states, torch.tensor(packing.rows))

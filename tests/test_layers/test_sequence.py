@@ -1,5 +1,7 @@
 """The packed row, rotary tables and strict options."""
 
+import math
+
 import pytest
 import torch
 
@@ -79,6 +81,13 @@ def test_options_do_something(name):
         assert not torch.allclose(output(window=3), plain)
 
 
+@pytest.mark.parametrize(("chunk", "largest"), [(1, 0.0), (2, 0.0), (3, math.log(2)), (16, math.log(15))])
+def test_rat_gates_start_with_the_published_time_constants(chunk, largest):
+    bias = build("rat", width=256, heads=4, chunk=chunk).gate_bias
+    assert bias.min() >= 0 and bias.max() <= largest + 1e-6
+    assert chunk < 3 or bias.std() > 0.1
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -92,6 +101,11 @@ def test_options_do_something(name):
         ("softmax", {"width": 12}, "must be even"),
         ("softmax", {"rope": Rope(frequencies=(1.0,) * 9)}, "9 frequencies"),
         ("softmax", {"heads": 0}, "at least 1"),
+        ("rat", {"chunk": 0}, "chunk=0 must be at least 1"),
+        ("rat", {"groups": 3}, "not divisible by groups=3"),
+        ("rat", {"rope": "token"}, "valid: chunk, none"),
+        ("rat", {"width": 12}, "must be even"),
+        ("rat", {"bias": True}, "no biases"),
     ],
 )
 def test_bad_options_are_refused(name, options, message):

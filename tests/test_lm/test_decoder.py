@@ -399,6 +399,18 @@ def test_configuration_round_trips(tmp_path):
     assert type(AutoModel.from_config(loaded)) is Decoder
 
 
+def test_documents_beyond_the_trained_length_are_warned_of(monkeypatch):
+    from farspan.lm import decoder
+
+    said = []
+    monkeypatch.setattr(decoder.logger, "warning_once", said.append)
+    model = make(max_position_embeddings=6)
+    model(tokens(2, 6))
+    assert not said
+    model(tokens(1, 7))
+    assert len(said) == 1 and "a document of 7 tokens" in said[0]
+
+
 def test_metrics_and_flops():
     model = make()
     hidden = sum(p.numel() for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
