@@ -28,12 +28,13 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from farspan.lm.data.tokenizer import encode_prompt
     from farspan.lm.load import load
 
     if greedy and beams > 1:
         raise ValueError(f"--greedy and --beams {beams} exclude each other; leave one out")
     decoder, tokenizer = load(model)
-    inputs = tokenizer(prompt, return_tensors="pt").to(decoder.device)
+    inputs = encode_prompt(tokenizer, prompt).to(decoder.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt has no tokens; give at least one character to start from")
     if seed is not None:

@@ -114,6 +114,15 @@ def load_tokenizer(path: str | Path):
     return tokenizer
 
 
+def encode_prompt(tokenizer, prompt: str):
+    """`input_ids` and `attention_mask`, int64 [1, T], of a prompt to continue, as the tokenizer's own batch.
+
+    A space at the end is left for the model to write: pieces begin with their space, so that after a space of its own a
+    model has only ever seen what no piece covers (in a small vocabulary of code, digits).
+    """
+    return tokenizer(prompt.rstrip(" ") or prompt, return_tensors="pt")
+
+
 def tokenizer_hash(path: str | Path) -> str:
     """sha256 (hex) of a tokenizer: its tokenizer.json without the padding and truncation that calls leave in it.
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from farspan.lm.data.loader import Batch, Loader
+from farspan.lm.data.tokenizer import encode_prompt
 from farspan.lm.train.bigram import Bigram
 from farspan.lm.train.engine import Engine
 from farspan.lm.train.stop import Stop
@@ -46,7 +47,7 @@ def sample(engine: Engine, tokenizer: Any, prompts: Sequence[str], new_tokens: i
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         for prompt in prompts:
-            inputs = tokenizer(prompt, return_tensors="pt").to(engine.device)
+            inputs = encode_prompt(tokenizer, prompt).to(engine.device)
             output = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],

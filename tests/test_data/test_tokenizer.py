@@ -11,6 +11,7 @@ import sentencepiece
 from farspan.lm.data.tokenizer import (
     ESCAPE,
     SPACE,
+    encode_prompt,
     escape,
     load_tokenizer,
     sample_chunks,
@@ -145,6 +146,13 @@ def test_streaming_gives_the_same_text(tokenizer_folder):
             streamer.put(torch.tensor([token]))
         streamer.end()
         assert "".join(streamer.parts) == text
+
+
+def test_a_prompt_leaves_its_last_space_to_the_model(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert encode_prompt(tokenizer, "def ")["input_ids"].tolist() == [tokenizer("def")["input_ids"]]
+    assert encode_prompt(tokenizer, "def\n")["input_ids"].tolist() == [tokenizer("def\n")["input_ids"]]
+    assert encode_prompt(tokenizer, "  ")["input_ids"].shape[1] > 0
 
 
 def test_training_depends_on_the_documents_alone(texts, tokenizer_folder, tmp_path):
