@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -46,11 +47,17 @@ def rope_tables(sequence: Sequence, rope: Rope, head_dim: int, dtype: torch.dtyp
     wide = torch.promote_types(dtype, torch.float32)
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
-        frequencies = torch.tensor(rope.pairs(head_dim), dtype=torch.float64, device=sequence.positions.device)
+        frequencies = _frequencies(rope, head_dim, sequence.positions.device)
         angles = sequence.positions[:, None, None].double() * frequencies
         return (angles.cos() * rope.scale).to(wide), (angles.sin() * rope.scale).to(wide)
 
     return sequence.table((rope, head_dim, wide), build)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> torch.Tensor:
+    """float64 [pairs]; kept, since a copy from the host has no place in a captured CUDA graph."""
+    return torch.tensor(rope.pairs(head_dim), dtype=torch.float64, device=device)
 
 
 def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from farspan.layers.mixer import State
+from farspan.lm.step import StaticStep
 
 
 class DecoderCache(Cache):
@@ -20,9 +21,12 @@ class DecoderCache(Cache):
     layers = ()  # transformers asks its key-value layers whether they can be compiled, cropped, ...: there are none
     is_croppable = False
 
-    def __init__(self, states: list[State]) -> None:
+    def __init__(self, states: list[State], capacity: int | None = None) -> None:
+        """capacity: tokens that a row may ever hold, where the decoding step is captured; None to let it grow."""
         self.states = states
+        self.capacity = capacity
         self.columns = 0
+        self.step: StaticStep | None = None
 
     @property
     def batch_size(self) -> int:
@@ -49,6 +53,7 @@ class DecoderCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices`, int64, in that order."""
         self.states = select(self.states, indices)
+        self.step = None  # it holds the tensors that were
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side."""
@@ -57,6 +62,7 @@ class DecoderCache(Cache):
     def merge(self, rows: Sequence[int], states: list[State]) -> None:
         """Put the states of some rows, which went on alone, back among the others."""
         index = torch.tensor(rows)
+        self.step = None
         for whole, part in zip(self.states, states, strict=True):
             for name, new in part.items():
                 old = whole[name]
@@ -71,7 +77,7 @@ class DecoderCache(Cache):
         for state in self.states:
             for name, value in state.items():
                 state[name] = torch.zeros_like(value)
-        self.columns = 0
+        self.columns, self.step = 0, None
 
     def crop(self, *_: int) -> None:
         raise ValueError("recurrent states cannot be cut back: prompt-lookup and assisted decoding are not supported")

@@ -23,6 +23,7 @@ from farspan.lm.cache import DecoderCache, check_cache, select
 from farspan.lm.config import DecoderConfig
 from farspan.lm.head import IGNORED, Head
 from farspan.lm.packing import Packing, pack_batch
+from farspan.lm.step import StaticStep
 
 logger = logging.get_logger(__name__)
 
@@ -140,6 +141,8 @@ class Decoder(DecoderPreTrainedModel):
             columns=0 if cache is None else cache.columns,
         )
         longest = max(packing.sequence.totals)
+        if cache is not None and cache.capacity is not None and longest > cache.capacity:
+            raise ValueError(f"the cache has room for {cache.capacity} tokens, {longest} are needed; make a larger one")
         if longest > self.config.max_position_embeddings:
             logger.warning_once(
                 f"a document of {longest} tokens is longer than max_position_embeddings="
@@ -148,7 +151,13 @@ class Decoder(DecoderPreTrainedModel):
         states = [None] * len(self.layers) if cache is None else cache.states
         if packing.rows is not None and cache is not None:
             states = select(cache.states, torch.tensor(packing.rows))
-        x, losses, metrics, hidden = self._blocks(packing.pack(x), packing.sequence, states, bool(output_hidden_states))
+        if self._steps_statically(packing, cache, bool(output_hidden_states)):
+            cache.step = cache.step or StaticStep(self, cache, x)
+            x, losses, metrics, hidden = cache.step(x), [], {}, []
+        else:
+            x, losses, metrics, hidden = self.run_blocks(
+                packing.pack(x), packing.sequence, states, bool(output_hidden_states)
+            )
         if cache is not None:
             cache.columns += packing.time
             if packing.rows is not None:
@@ -162,7 +171,12 @@ class Decoder(DecoderPreTrainedModel):
             packing=packing,
         )
 
-    def _blocks(self, x: torch.Tensor, sequence: Sequence, states: list[State | None], keep: bool):
+    def _steps_statically(self, packing: Packing, cache: DecoderCache | None, keep: bool) -> bool:
+        """Whether this is a step that a cache of fixed capacity has captured, or will."""
+        fixed = cache is not None and cache.capacity is not None and not torch.is_grad_enabled()
+        return fixed and not keep and packing.index is None and packing.sequence.single_tokens
+
+    def run_blocks(self, x: torch.Tensor, sequence: Sequence, states: list[State | None], keep: bool = False):
         """The packed row through every block and the norm; what the mixers report; the blocks' inputs if `keep`."""
         losses, metrics, hidden = [], {}, []
         for layer, state in zip(self.layers, states, strict=True):
@@ -174,9 +188,14 @@ class Decoder(DecoderPreTrainedModel):
         x = self.norm(x)
         return x, losses, metrics, hidden + [x] * keep
 
-    def new_cache(self, batch: int, capacity: int = 0) -> DecoderCache:
-        """An empty cache for `batch` rows, with room for `capacity` tokens before it has to grow."""
-        return DecoderCache([layer.mixer.new_state(batch, capacity=capacity) for layer in self.layers])
+    def new_cache(self, batch: int, capacity: int = 0, captured: bool = False) -> DecoderCache:
+        """An empty cache for `batch` rows, with room for `capacity` tokens before it has to grow.
+
+        captured: it never grows, and its decoding step is captured as a CUDA graph at the first token (on a CPU it runs
+        with the same static shapes). For `generate(..., past_key_values=cache)`, without beams.
+        """
+        states = [layer.mixer.new_state(batch, capacity=capacity) for layer in self.layers]
+        return DecoderCache(states, capacity if captured else None)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens

@@ -297,6 +297,30 @@ def test_generation_of_left_padded_rows_equals_unpadded(pattern):
 
 
 @patterns
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_captured_steps_equal_ordinary_ones(pattern, device):
+    model = decoder(pattern).to(device, torch.float64 if device == "cpu" else torch.float32)
+    ids, mask = torch.zeros(3, 12, dtype=torch.int64), torch.zeros(3, 12, dtype=torch.int64)
+    for row, length in enumerate((7, 12, 1)):
+        ids[row, 12 - length :] = torch.randint(2, 61, (length,))
+        mask[row, 12 - length :] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    arguments = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **arguments)
+    cache = model.model.new_cache(3, capacity=40, captured=True)
+    first = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **arguments)
+    assert torch.equal(first.sequences, expected)
+    assert cache.step is not None and cache.offsets == (26, 31, 20)
+    turn = torch.cat([expected, ids[:, :1] * 0 + 5], dim=1)
+    arguments["attention_mask"] = torch.cat([mask, torch.ones_like(turn[:, 12:])], dim=1)
+    arguments["max_new_tokens"] = 5
+    continued = model.generate(turn, past_key_values=cache, **arguments)
+    assert torch.equal(continued, model.generate(turn, **arguments))
+    with pytest.raises(ValueError, match="room for 40 tokens"):
+        model.generate(continued, past_key_values=cache, max_new_tokens=20, pad_token_id=0)
+
+
+@patterns
 def test_activation_checkpointing_changes_no_bit(pattern):
     model = decoder(pattern).float().train()
     ids = torch.randint(2, 61, (2, 19))
