@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
-from farspan.kernels.rat.grid import Document, Grid, make_grid
+from farspan.kernels.rat.grid import TOKENS_AT_ONCE, Document, Grid, make_grid
 
 # Queries that follow earlier chunks need a mask; it is built for this many chunks at a time: linear memory.
 MASKED_CHUNKS = 512
@@ -83,7 +83,9 @@ def _rat_forward(
         torch.lerp(inter, output, weight[..., None], out=output)
         part.heads(lse).copy_(torch.logaddexp(part.heads(own), inter_lse))
     o = grid.collect(o)[None]
-    y = (torch.sigmoid(z.to(dtype)) * o).to(v.dtype)
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for tokens in _token_blocks(y):
+        torch.mul(torch.sigmoid(z[:, tokens].to(dtype)), o[:, tokens], out=y[:, tokens])
     return y, keys, values, *(end[grid.last_rows] for end in ends), o.to(v.dtype), lse
 
 
@@ -137,10 +139,12 @@ def _rat_backward(
     inputs = _Inputs.spread(q, k, v, gate, gate_bias, (running_key, running_value), grid, dtype)
     index, finished, last = grid.chunk_index, grid.finished_rows, grid.last_rows
 
-    open_gate = torch.sigmoid(z.to(dtype))
-    do = dy.to(dtype) * open_gate
-    dz = do * o
-    dz = torch.addcmul(dz, dz, open_gate, value=-1)
+    do = torch.empty(v.shape, dtype=dtype, device=v.device)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    for tokens in _token_blocks(do):
+        open_gate = torch.sigmoid(z[:, tokens].to(dtype))
+        torch.mul(dy[:, tokens].to(dtype), open_gate, out=do[:, tokens])
+        torch.mul(do[:, tokens] * o[:, tokens], 1 - open_gate, out=dz[:, tokens])
     do, o = grid.spread(do[0]), grid.spread(o[0].to(dtype))
 
     # the inter-chunk part
@@ -186,7 +190,7 @@ def _rat_backward(
         grid.collect(dv)[None].to(v.dtype),
         grid.collect(dgate)[None].to(gate.dtype),
         dgate.sum((0, 1)).to(gate_bias.dtype),
-        dz.to(z.dtype),
+        dz,
         *(x.to(running_key.dtype) for x in drunning),
         *(x.to(before_keys.dtype) for x in dbefore),
     )
@@ -358,6 +362,11 @@ def _parts(grid: Grid, before, summaries, groups: int, dtype: torch.dtype) -> It
             keys, values = (x.unflatten(1, (-1, groups))[:, :, group].transpose(0, 1)[:, None] for x in sides)
             seen = document.before - 1 + skip
             yield _Part(document, group, groups, document.first + skip, rows, seen, keys, values, given, own)
+
+
+def _token_blocks(x: torch.Tensor) -> Iterator[slice]:
+    """The tokens of x [1, T, ...] in runs that fit a cache."""
+    return (slice(start, start + TOKENS_AT_ONCE) for start in range(0, x.shape[1], TOKENS_AT_ONCE))
 
 
 def _times_group(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
