@@ -1,4 +1,4 @@
-"""A tiny model on disk, and the command line in this process."""
+"""A tiny model and a tiny run on disk."""
 
 import os
 import subprocess
@@ -65,24 +65,3 @@ def tiny_run(tmp_path_factory):
         done = subprocess.run([program, *command.split()], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
-
-
-@pytest.fixture
-def farspan(monkeypatch, capsys):
-    """`farspan("doctor", ...)` -> (exit status, standard output, standard error) of the command."""
-
-    def run(*arguments):
-        from farspan.cli import main
-
-        monkeypatch.setattr(sys, "argv", ["farspan", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as leave:
-            status = leave.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run

@@ -138,22 +138,7 @@ def records(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(monkeypatch, farspan, tmp_path):
     """`command("train", ...)` -> (exit status, output, error output) of the command line, here, in `tmp_path`."""
-
-    def call(*arguments):
-        from farspan.cli import main
-
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["farspan", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        capsys.readouterr()
-        status = 0
-        try:
-            main()
-        except SystemExit as leave:
-            status = leave.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
+    monkeypatch.chdir(tmp_path)
+    return farspan
