@@ -71,11 +71,11 @@ def _rat_forward(
         own[rows] = scale * _times_group(key, block.q).sum(-1)
         ends[0][rows], ends[1][rows] = key[:, -1], o[rows][:, -1]
     index, finished = grid.chunk_index, grid.finished_rows
-    keys = _turn(ends[0][finished], cos, sin, index[finished]).to(v.dtype)
+    keys = turn(ends[0][finished], cos, sin, index[finished]).to(v.dtype)
     values = ends[1][finished].to(v.dtype)
 
     lse = own.clone()
-    turned = _turn(inputs.q.to(dtype), cos, sin, index)
+    turned = turn(inputs.q.to(dtype), cos, sin, index)
     for part in _parts(grid, (before_keys, before_values), (keys, values), q.shape[2], dtype):
         inter, inter_lse = part.attend(turned, scale)
         weight = torch.sigmoid(part.heads(own) - inter_lse)
@@ -148,15 +148,15 @@ def _rat_backward(
     do, o = grid.spread(do[0]), grid.spread(o[0].to(dtype))
 
     # the inter-chunk part
-    turned = _turn(inputs.q.to(dtype), cos, sin, index)
+    turned = turn(inputs.q.to(dtype), cos, sin, index)
     dturned = torch.zeros_like(turned)
     dkeys, dvalues = dkeys.to(dtype, copy=True), dvalues.to(dtype, copy=True)
     dbefore = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (before_keys, before_values)]
     for part in _parts(grid, (before_keys, before_values), (keys, values), groups, dtype):
         part.backward(do, turned, o, lse, scale, dturned, dbefore, (dkeys, dvalues))
-    dq = _turn(dturned, cos, sin, index, back=True)
+    dq = turn(dturned, cos, sin, index, back=True)
     ends = [do.new_zeros(grid.rows, *v.shape[2:]) for _ in range(2)]  # adjoints of the states at the ends of chunks
-    ends[0][finished], ends[1][finished] = _turn(dkeys, cos, sin, index[finished], back=True), dvalues
+    ends[0][finished], ends[1][finished] = turn(dkeys, cos, sin, index[finished], back=True), dvalues
     ends[0][last] += drunning_key
     ends[1][last] += drunning_value
 
@@ -374,7 +374,7 @@ def _times_group(x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     return (x.unflatten(2, (-1, shared.shape[2])) * shared[:, :, None]).flatten(2, 3)
 
 
-def _turn(x, cos, sin, index, back: bool = False) -> torch.Tensor:
+def turn(x, cos, sin, index, back: bool = False) -> torch.Tensor:
     """x [rows, ..., D] rotated by the angles of chunk index [rows], or turned back."""
     if cos is None:
         return x

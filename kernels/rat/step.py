@@ -7,6 +7,7 @@ import torch
 from farspan.kernels.blocks import attention_block, hidden_mask
 from farspan.kernels.operator import choose_backend
 from farspan.kernels.rat import OPERATOR, RatState
+from farspan.kernels.rat.chunked import turn
 
 Rope = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -55,17 +56,17 @@ def rat_step(
     key = torch.where(goes_on, state.key, 0.0).lerp(new_key, closed)
     value = torch.where(goes_on, state.value, 0.0).lerp(v[:, 0].to(dtype), closed)
 
-    index = positions // chunk
+    index, angles = positions // chunk, rope or (None, None)
     own = scale * (query * key).sum(-1)
     attend = _attend_recorded if recorded else _attend
     read = (state.keys[:, :, :reach], state.values[:, :, :reach])
-    o = attend(_turn(query, rope, index), own, value, *read, index, scale)
+    o = attend(turn(query, *angles, index), own, value, *read, index, scale)
 
     slots = index.clamp(max=state.keys.shape[2] - 1)[:, None]
     place = (torch.arange(len(q), device=q.device)[:, None], torch.arange(v.shape[2], device=q.device), slots)
     finished = (positions % chunk == chunk - 1)[:, None, None]
     caches = state.keys, state.values
-    summaries = (_turn(key, rope, index), value)
+    summaries = (turn(key, *angles, index), value)
     new = [torch.where(finished, s.to(c.dtype), c[place]) for c, s in zip(caches, summaries, strict=True)]
     y = (torch.sigmoid(z[:, 0].to(dtype)) * o).to(v.dtype)[:, None]
     if recorded:
@@ -95,12 +96,3 @@ def _attend_recorded(query, own, value, keys, values, counts, scale) -> torch.Te
     hidden = (torch.arange(keys.shape[2], device=keys.device) >= counts[:, None])[:, None]
     p = torch.cat([scores.masked_fill(hidden, float("-inf")), own[..., None]], dim=-1).softmax(-1)
     return torch.einsum("bhs,bhsd->bhd", p[..., :-1], values.to(query.dtype)) + p[..., -1:] * value
-
-
-def _turn(x: torch.Tensor, rope: Rope, index: torch.Tensor) -> torch.Tensor:
-    """x [B, H, D] rotated by the angles of chunks index [B]."""
-    if rope is None:
-        return x
-    cos, sin = (table[index].to(x.dtype)[:, None] for table in rope)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
