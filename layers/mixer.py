@@ -96,6 +96,7 @@ class Mixer(nn.Module, ABC):
         [1, tokens, width] that it describes.
         state: from `new_state(documents)`; document i continues row i, and the state is brought up to date in place
         (its tensors are replaced where gradients flow through them).
+        On a shard a state must be new: it is filled with the whole documents, on every rank.
         Returns Mixed, its output shaped like x. Raises ValueError where x, sequence and state disagree.
         """
         if sequence is None:
@@ -103,18 +104,32 @@ class Mixer(nn.Module, ABC):
             sequence = Sequence.rows(x.shape[0], x.shape[1], x.device, offsets)
         elif x.shape[:2] != (1, sequence.tokens):
             raise ValueError(f"x is {list(x.shape)}, its sequence is a packed row of {sequence.tokens} tokens")
-        if state is not None and tuple(state["position"].tolist()) != sequence.offsets:
+        documents = sequence
+        if sequence.shard is not None:
+            context, documents = sequence.shard.context, sequence.whole
+            self.check_sharding(self.options, context.layout, context.ring, context.ulysses)
+        if state is not None and tuple(state["position"].tolist()) != documents.offsets:
             raise ValueError(
-                f"the state stands at {state['position'].tolist()[:8]}, the sequence at {sequence.offsets[:8]}"
+                f"the state stands at {state['position'].tolist()[:8]}, the sequence at {documents.offsets[:8]}"
             )
         mixed = self.mix(x.reshape(1, sequence.tokens, x.shape[-1]), sequence, state)
         if state is not None:
-            state["position"] = torch.tensor(sequence.totals)
+            state["position"] = torch.tensor(documents.totals)
         return mixed._replace(output=mixed.output.reshape(x.shape))
 
     @abstractmethod
     def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
         """`forward` on the packed row x [1, tokens, width]; writes every entry of the state but its position."""
+
+    @classmethod
+    def check_sharding(cls, options: MixerOptions, layout: str, ring: int, ulysses: int) -> None:
+        """Raise ValueError unless a mixer with these options can be sharded in this layout over ring x ulysses."""
+        if layout not in cls.layouts:
+            has = f"it has rules for {', '.join(cls.layouts)}" if cls.layouts else "it has none for any layout"
+            raise ValueError(
+                f"mixer {cls.name} has no rule for a sequence sharded in a {layout} layout; {has}; "
+                "set parallel.context: 1, or parallel.layout"
+            )
 
     @abstractmethod
     def new_state(

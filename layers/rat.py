@@ -11,8 +11,10 @@ from farspan.kernels.rat import RatState, rat
 from farspan.kernels.rat.step import rat_step
 from farspan.kernels.softmax import write_slots
 from farspan.layers.mixer import Mixed, Mixer, MixerOptions, State, register
+from farspan.layers.rat_summaries import SummaryExchange, SummaryTables
 from farspan.layers.sequence import Sequence
 from farspan.layers.softmax import reserve, slots_for
+from farspan.parallel.layout import LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +45,12 @@ class RatOptions(MixerOptions):
 
 @register("rat", RatOptions)
 class Rat(Mixer):
-    """State: the summaries of finished chunks, in caches that grow by blocks, and the running key and value in fp32."""
+    """State: the summaries of finished chunks, in caches that grow by blocks, and the running key and value in fp32.
 
+    On a shard: the recurrence is local, since no chunk is cut, and the summaries of all ranks are gathered.
+    """
+
+    layouts = LAYOUTS
     options: RatOptions
 
     def __init__(self, options: RatOptions) -> None:
@@ -82,6 +88,8 @@ class Rat(Mixer):
         options = self.options
         rope = self._rope(sequence, v.dtype) if options.rope == "chunk" else None
         arguments = (q, k, v, gate, self.gate_bias.unflatten(0, (-1, options.head_dim)), z)
+        if sequence.shard is not None:
+            return self._on_shard(arguments, rope, sequence, state)
         if state is None:
             return rat(*arguments, sequence.lengths, options.chunk, rope=rope, backend=options.backend)[0]
         if sequence.single_tokens:
@@ -121,12 +129,29 @@ class Rat(Mixer):
             initial_state=before,
             backend=options.backend,
         )
-        rows, slots = sequence.table(("finished chunks", options.chunk), lambda: self._finished(sequence, known))
-        for name in ("keys", "values"):
-            cache = reserve(state[name], -(-max(sequence.totals) // options.chunk))
-            state[name] = write_slots(cache, rows, slots, getattr(after, name))
+        state["keys"], state["values"] = self._append(state, (after.keys, after.values), sequence, known)
         state["key"], state["value"] = after.key, after.value
         return y
+
+    def _on_shard(self, arguments, rope, sequence: Sequence, state: State | None) -> torch.Tensor:
+        """A shard: the summaries of earlier chunks come from the ranks that finished them."""
+        options = self.options
+        tables = sequence.table(("summaries", options.chunk), lambda: SummaryTables.of(sequence, options.chunk))
+        exchange = SummaryExchange(tables, sequence.shard.axis)
+        offsets = {"offsets": sequence.offsets, "exchange": exchange, "rope": rope, "backend": options.backend}
+        y, after = rat(*arguments, sequence.lengths, options.chunk, **offsets)
+        if state is not None:
+            whole = sequence.whole
+            state["keys"], state["values"] = self._append(state, exchange.all_summaries(), whole, [0] * whole.documents)
+            state["key"], state["value"] = exchange.last_states(after.key, after.value)
+        return y
+
+    def _append(self, state: State, summaries, sequence: Sequence, known: list[int]) -> list[torch.Tensor]:
+        """The caches with the summaries that `sequence` finishes, written after the `known` ones of each row."""
+        rows, slots = sequence.table(("finished chunks", self.options.chunk), lambda: self._finished(sequence, known))
+        room = -(-max(sequence.totals) // self.options.chunk)
+        caches = (reserve(state[name], room) for name in ("keys", "values"))
+        return [write_slots(cache, rows, slots, new) for cache, new in zip(caches, summaries, strict=True)]
 
     def _finished(self, sequence: Sequence, known: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Row and slot of every summary that these tokens finish, int64 [chunks]."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
+
+from farspan.parallel import Shard
 
 Table = TypeVar("Table")
 
@@ -17,16 +19,21 @@ Table = TypeVar("Table")
 class Sequence:
     """One packed row of documents, `[1, tokens, ...]`; made once per step and shared by all layers.
 
+    A shard of a row is a row too: its documents are the pieces that this rank holds, and what came before a piece lives
+    on other ranks (`shard` says where) instead of in a state.
+
     lengths: tokens of each document in this row, at least 1 each; host values, so no layer waits for the device.
     offsets: tokens of each document that came before this row and live in the layers' states; zeros without states.
     cu_seqlens: int32 [documents + 1], the lengths as offsets into the row, on the device.
     positions: int64 [tokens], index of each token within its document, counted from the document's very start.
+    shard: how the row is shared out over ranks, None where it is whole.
     """
 
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
     cu_seqlens: torch.Tensor
     positions: torch.Tensor
+    shard: Shard | None = None
     _tables: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -52,6 +59,22 @@ class Sequence:
     ) -> Sequence:
         """A batch of `batch` rows of `time` tokens, each a document, laid end to end."""
         return cls.packed((time,) * batch, device, offsets)
+
+    @classmethod
+    def sharded(cls, shard: Shard, device: torch.device | str = "cpu") -> Sequence:
+        """This rank's part of a row."""
+        local = cls.packed([p.length for p in shard.pieces], device, [p.offset for p in shard.pieces])
+        return replace(local, shard=shard)
+
+    @property
+    def slot(self) -> Sequence:
+        """Of a shard, the part of the row that its ring slot holds: what a rank sees between Ulysses' exchanges."""
+        return self.table("slot", lambda: Sequence.sharded(self.shard.ring, self.positions.device))
+
+    @property
+    def whole(self) -> Sequence:
+        """Of a shard, the row that it was made of."""
+        return self.table("whole", lambda: Sequence.packed(self.shard.lengths, self.positions.device))
 
     @property
     def tokens(self) -> int:

@@ -11,6 +11,9 @@ from farspan.layers.attention import Projections
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
 from farspan.layers.rotary import Rope
 from farspan.layers.sequence import Sequence
+from farspan.layers.sharded_attention import sharded_attention
+from farspan.parallel.heads import plan_heads
+from farspan.parallel.layout import LAYOUTS
 
 # A cache grows by this many slots: copying it then costs under 2 % of reading it at every token.
 CACHE_BLOCK = 128
@@ -26,7 +29,12 @@ class SoftmaxOptions(GroupedOptions):
 
 @register("softmax", SoftmaxOptions)
 class Softmax(Mixer):
-    """Grouped-query causal attention. State: every key and value so far, in a cache that grows by blocks."""
+    """Grouped-query causal attention. State: every key and value so far, in a cache that grows by blocks.
+
+    On a shard: Ulysses within a ring slot, gathered keys or a ring between slots.
+    """
+
+    layouts = LAYOUTS
 
     def __init__(self, options: SoftmaxOptions) -> None:
         super().__init__(options)
@@ -40,6 +48,11 @@ class Softmax(Mixer):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
     ) -> torch.Tensor:
         """q: [1, T, H, D]; k, v: [1, T, Hk, D]. Returns [1, T, H, D]; appends k and v to the state."""
+        if sequence.shard is not None:
+            o = sharded_attention(q, k, v, sequence, self.options.backend)
+            if state is not None:
+                self._write(state, *(sequence.shard.whole(x) for x in (k, v)), sequence.whole)
+            return o
         if state is None:
             return self._attend(q, k, v, sequence)
         before = None
@@ -47,19 +60,27 @@ class Softmax(Mixer):
             before = tuple(
                 (_first(state["key"][row], n), _first(state["value"][row], n)) for row, n in enumerate(sequence.offsets)
             )
-        for name, new in (("key", k), ("value", v)):
-            cache = reserve(state[name], max(sequence.totals))
-            state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
+        self._write(state, k, v, sequence)
         if sequence.single_tokens:
             used = slots_for(max(sequence.totals))
             keys, values = state["key"][:, :, :used], state["value"][:, :, :used]
             return attention_step(q.transpose(0, 1), keys, values, sequence.positions + 1).transpose(0, 1)
         return self._attend(q, k, v, sequence, before)
 
+    def _write(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
+        for name, new in (("key", k), ("value", v)):
+            cache = reserve(state[name], max(sequence.totals))
+            state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
+
     def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
         return softmax_attention(
             q, k, v, sequence.lengths, sequence.cu_seqlens, initial_state=before, backend=self.options.backend
         )[0]
+
+    @classmethod
+    def check_sharding(cls, options: SoftmaxOptions, layout: str, ring: int, ulysses: int) -> None:
+        super().check_sharding(options, layout, ring, ulysses)
+        plan_heads(options.heads, options.kv_heads, ulysses)
 
     def new_state(
         self,

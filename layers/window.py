@@ -12,6 +12,8 @@ from farspan.layers.attention import Projections
 from farspan.layers.mixer import Mixed, Mixer, State, register
 from farspan.layers.sequence import Sequence
 from farspan.layers.softmax import SoftmaxOptions
+from farspan.parallel.fetch import FetchPlan, fetch, plan_fetch
+from farspan.parallel.layout import LAYOUTS, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,12 @@ class WindowOptions(SoftmaxOptions):
 
 @register("window", WindowOptions)
 class Window(Mixer):
-    """Sliding-window causal attention. State: a ring of the last `window` keys and values, slot = position % window."""
+    """Sliding-window causal attention. State: a ring of the last `window` keys and values, slot = position % window.
+
+    On a shard: the window - 1 keys before each segment are fetched from the ranks that hold them.
+    """
+
+    layouts = LAYOUTS
 
     def __init__(self, options: WindowOptions) -> None:
         super().__init__(options)
@@ -42,10 +49,14 @@ class Window(Mixer):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
     ) -> torch.Tensor:
         """q: [1, T, H, D]; k, v: [1, T, Hk, D]. Returns [1, T, H, D]; writes the last k and v into the ring."""
+        if sequence.shard is not None:
+            if state is not None:
+                self._write(state, *self._ends(k, v, sequence), sequence.whole)
+            return self._attend(q, k, v, sequence, self._halo(k, v, sequence))
         if state is None:
             return self._attend(q, k, v, sequence)
         if sequence.single_tokens:
-            self._write(state, k, v, sequence)
+            self._write(state, *self._last(k, v, sequence), sequence)
             counts = (sequence.positions + 1).clamp(max=self.options.window)
             return attention_step(q.transpose(0, 1), state["key"], state["value"], counts).transpose(0, 1)
         before = (
@@ -53,7 +64,7 @@ class Window(Mixer):
             if sequence.fresh
             else tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
         )
-        self._write(state, k, v, sequence)
+        self._write(state, *self._last(k, v, sequence), sequence)
         return self._attend(q, k, v, sequence, before)
 
     def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
@@ -74,12 +85,50 @@ class Window(Mixer):
         slots = torch.arange(max(0, offset - window + 1), offset, device=state["key"].device) % window
         return state["key"][row, :, slots].transpose(0, 1), state["value"][row, :, slots].transpose(0, 1)
 
-    def _write(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
-        """Bring the ring up to date with the last `window` tokens of each document; no slot is written twice."""
+    def _last(self, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last `window` keys and values of every document (all of a shorter one), [kept, Hk, D]."""
+        last, _, _ = self._ring(sequence)
+        return (k[0], v[0]) if last is None else (k[0, last], v[0, last])
+
+    def _write(self, state: State, keys: torch.Tensor, values: torch.Tensor, sequence: Sequence) -> None:
+        """Bring the ring up to date with what `_last` returns; no slot is written twice."""
+        _, rows, slots = self._ring(sequence)
+        state["key"] = write_slots(state["key"], rows, slots, keys)
+        state["value"] = write_slots(state["value"], rows, slots, values)
+
+    def _ring(self, sequence: Sequence) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         window = self.options.window
-        last, rows, slots = sequence.table(("ring", window), lambda: _ring_slots(sequence, window))
-        for name, new in (("key", k), ("value", v)):
-            state[name] = write_slots(state[name], rows, slots, new[0] if last is None else new[0, last])
+        return sequence.table(("ring", window), lambda: _ring_slots(sequence, window))
+
+    def _halo(self, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> tuple[tuple[torch.Tensor, ...], ...]:
+        """Of a shard, the keys and values before each piece, as far as its first token sees; possibly none.
+
+        Every piece takes its part, so that every rank's backward pass comes by the exchange.
+        """
+        shard, reach = sequence.shard, self.options.window - 1
+
+        def plan() -> FetchPlan:
+            wanted = [
+                [Segment(p.start - min(reach, p.offset), min(reach, p.offset)) for p in shard.pieces_of(rank)]
+                for rank in range(shard.axis.size)
+            ]
+            return plan_fetch(shard.layout, wanted, shard.axis.rank).to(k.device)
+
+        counts = [min(reach, offset) for offset in sequence.offsets]
+        halo = fetch(torch.stack([k[0], v[0]], dim=1), sequence.table(("halo", reach), plan), shard.axis)
+        return tuple(part.unbind(1) for part in halo.split(counts))
+
+    def _ends(self, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a shard, what `_last` returns for the whole row, on every rank."""
+        shard, window = sequence.shard, self.options.window
+
+        def plan() -> FetchPlan:
+            documents = zip(shard.starts, shard.lengths, strict=True)
+            ends = [Segment(start + max(0, n - window), min(n, window)) for start, n in documents]
+            return plan_fetch(shard.layout, [ends] * shard.axis.size, shard.axis.rank).to(k.device)
+
+        ends = fetch(torch.stack([k[0], v[0]], dim=1), sequence.table(("ends", window), plan), shard.axis)
+        return ends.unbind(1)
 
     def new_state(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -24,16 +25,18 @@ from farspan.lm.config import DecoderConfig
 from farspan.lm.head import IGNORED, Head
 from farspan.lm.packing import Packing, pack_batch
 from farspan.lm.step import StaticStep
+from farspan.parallel import ContextParallel
+from farspan.parallel.comm import all_gather
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class DecoderOutput(ModelOutput):
-    """last_hidden_state: [B, T, width] after the final norm, zeros at padding. past_key_values: the cache, if used.
-    hidden_states: the input of every block and the last hidden state, if asked for. mixer_loss: fp32 scalar, the sum of
-    the mixers' own losses, or None. metrics: averages over layers of the mixers' metrics. packing: how the batch became
-    one row.
+    """last_hidden_state: [B, T, width] after the final norm, zeros at padding, or the packed row if asked for.
+    past_key_values: the cache, if used. hidden_states: the input of every block and the last hidden state, if asked
+    for. mixer_loss: fp32 scalar, the sum of the mixers' own losses, or None. metrics: averages over layers of the
+    mixers' metrics. packing: how the batch became one row.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -119,21 +122,26 @@ class Decoder(DecoderPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seqlens: torch.Tensor | None = None,
+        context: ContextParallel | None = None,
+        packed: bool = False,
     ) -> DecoderOutput:
         """Hidden states of a batch.
 
         input_ids: int64 [B, T], or inputs_embeds [B, T, width]. The documents are found as `pack_batch` says: padding
         in attention_mask, restarts in position_ids, or cu_seqlens int32 [documents + 1] of one packed row.
+        context: shares the row's tokens out over ranks, which all get the same batch and, where a cache is filled, the
+        same whole states. A call that continues a cache runs whole on every rank.
+        packed: return last_hidden_state as the packed row, [1, tokens, width]; on a context this rank's tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        given = input_ids if inputs_embeds is None else inputs_embeds
         cache = None if past_key_values is None else check_cache(past_key_values)
         if cache is None and use_cache and not self.training:
-            cache = self.new_cache(x.shape[0])
+            cache = self.new_cache(given.shape[0])
         packing = pack_batch(
-            *x.shape[:2],
-            x.device,
+            *given.shape[:2],
+            given.device,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
@@ -152,18 +160,21 @@ class Decoder(DecoderPreTrainedModel):
         if packing.rows is not None and cache is not None:
             states = select(cache.states, torch.tensor(packing.rows))
         if self._steps_statically(packing, cache, bool(output_hidden_states)):
+            x = self.embed_tokens(given) if inputs_embeds is None else given
             cache.step = cache.step or StaticStep(self, cache, x)
             x, losses, metrics, hidden = cache.step(x), [], {}, []
         else:
-            x, losses, metrics, hidden = self.run_blocks(
-                packing.pack(x), packing.sequence, states, bool(output_hidden_states)
-            )
+            if context is not None and context.size > 1 and packing.sequence.fresh:
+                packing = packing.sharded(context, self.grid)
+            x = packing.pack(given)
+            x = self.embed_tokens(x) if inputs_embeds is None else x
+            x, losses, metrics, hidden = self.run_blocks(x, packing.sequence, states, bool(output_hidden_states))
         if cache is not None:
             cache.columns += packing.time
             if packing.rows is not None:
                 cache.merge(packing.rows, states)
         return DecoderOutput(
-            last_hidden_state=packing.unpack(x),
+            last_hidden_state=x if packed else packing.unpack(x),
             past_key_values=cache,
             hidden_states=tuple(packing.unpack(h) for h in hidden) or None,
             mixer_loss=sum(losses) if losses else None,
@@ -175,6 +186,11 @@ class Decoder(DecoderPreTrainedModel):
         """Whether this is a step that a cache of fixed capacity has captured, or will."""
         fixed = cache is not None and cache.capacity is not None and not torch.is_grad_enabled()
         return fixed and not keep and packing.index is None and packing.sequence.single_tokens
+
+    @property
+    def grid(self) -> int:
+        """Multiple of tokens at which a document must start that a shard of its row cuts."""
+        return math.lcm(*(layer.mixer.grid for layer in self.layers))
 
     def run_blocks(self, x: torch.Tensor, sequence: Sequence, states: list[State | None], keep: bool = False):
         """The packed row through every block and the norm; what the mixers report; the blocks' inputs if `keep`."""
@@ -236,6 +252,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         cu_seq_lens_k: torch.Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        context: ContextParallel | None = None,
     ) -> CausalOutput:
         """Logits, or a loss, of a batch [B, T]; documents as in `Decoder.forward`.
 
@@ -246,7 +263,9 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         num_items_in_batch: what the summed loss is divided by; the labels counted here when None.
         logits_to_keep: the last so many positions of each row, or their indices; 0 for all.
         cu_seq_lens_q, cu_seq_lens_k: transformers' names of cu_seqlens; max_length_q, max_length_k follow from them.
-        Raises ValueError for output_attentions (no attention map exists) and for batches that contradict themselves.
+        context: as in `Decoder.forward`. The loss is then this rank's share: shares, and the gradients of parameters,
+        add up over the ranks of the context. Logits are whole on every rank; gradients through them add up, too. Raises
+        ValueError for output_attentions (no attention map exists) and for batches that contradict themselves.
         """
         if output_attentions:
             raise ValueError("output_attentions is not supported: no attention map exists in memory")
@@ -268,24 +287,24 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seqlens=boundaries[0] if boundaries else None,
+            context=context,
+            packed=True,
         )
-        packing, hidden = output.packing, output.last_hidden_state
+        packing, row = output.packing, output.last_hidden_state
         loss = logits = None
         if shift_labels is not None:
-            shift_labels = packing.pack(shift_labels)
-            loss = self._loss(
-                self.lm_head(packing.pack(hidden), shift_labels), shift_labels, num_items_in_batch, output
-            )
+            shift_labels = packing.pack(shift_labels, IGNORED)
+            loss = self._loss(self.lm_head(row, shift_labels), shift_labels, num_items_in_batch, output)
         else:
+            hidden = packing.unpack(row)
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         if labels is not None:
             if logits.shape[1] != hidden.shape[1]:
                 raise ValueError("labels need the logits of every position; leave logits_to_keep at 0")
-            shift_labels = _shift(packing.pack(labels), packing.sequence)
-            nll = F.cross_entropy(
-                packing.pack(logits)[0].float(), shift_labels[0], ignore_index=IGNORED, reduction="sum"
-            )
+            shift_labels = packing.own(_shift(packing.row(labels), packing.documents), IGNORED)
+            own = packing.pack(logits)[0].float()
+            nll = F.cross_entropy(own, shift_labels[0], ignore_index=IGNORED, reduction="sum")
             loss = self._loss(nll, shift_labels, num_items_in_batch, output)
         if not (return_dict if return_dict is not None else self.config.return_dict):
             raise ValueError("return_dict=False is not supported: read the fields of the output")
@@ -298,9 +317,12 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, nll: torch.Tensor, labels: torch.Tensor, items, output: DecoderOutput) -> torch.Tensor:
-        """nll / items, plus the mixers' losses weighted by this batch's share of the items."""
+        """nll / items, plus the mixers' losses weighted by this batch's (or shard's) part of the items."""
         counted = (labels != IGNORED).sum()
-        items = counted.clamp(min=1) if items is None else items
+        if items is None:
+            shard = output.packing.sequence.shard
+            total = counted if shard is None else all_gather(counted, shard.axis).sum()
+            items = total.clamp(min=1)
         return (nll if output.mixer_loss is None else nll + counted * output.mixer_loss) / items
 
     def after_step(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 
 from farspan.layers.sequence import Sequence
+from farspan.parallel import ContextParallel
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A batch [B, T] as one packed row.
+    """A batch [B, T] as one packed row, or this rank's shard of it.
 
-    sequence: the documents of the row. index: int64 [tokens], where in the flattened batch each token came from, or
-    None where every place holds a token. rows: of the cache, that have tokens here, or None for all.
+    sequence: the documents of the row, or of the shard. index: int64 [tokens], where in the flattened batch each token
+    came from, or None where every place holds a token. rows: of the cache, that have tokens here, or None for all.
     """
 
     batch: int
@@ -24,14 +25,34 @@ class Packing:
     index: torch.Tensor | None
     rows: list[int] | None
 
-    def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, ...] -> [1, tokens, ...]."""
+    def sharded(self, context: ContextParallel, grid: int) -> Packing:
+        """The same batch with its row shared out; every rank of the context calls it with the same batch."""
+        shard = context.shard(self.sequence.lengths, grid)
+        return replace(self, sequence=Sequence.sharded(shard, self.sequence.positions.device))
+
+    @property
+    def documents(self) -> Sequence:
+        """The documents of the whole row."""
+        return self.sequence if self.sequence.shard is None else self.sequence.whole
+
+    def row(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] -> the whole row [1, row, ...]."""
         flat = x.flatten(0, 1)
         return (flat if self.index is None else flat[self.index])[None]
 
+    def pack(self, x: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """[B, T, ...] -> [1, tokens, ...]: the row, or this rank's tokens of it with `fill` where it is padded."""
+        return self.own(self.row(x), fill)
+
+    def own(self, row: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        """[1, row, ...] -> [1, tokens, ...]."""
+        shard = self.sequence.shard
+        return row if shard is None else shard.take(row, fill)
+
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, tokens, ...] -> [B, T, ...], zeros at padding."""
-        x = x[0]
+        """[1, tokens, ...] -> [B, T, ...], zeros at padding; from all ranks, on all ranks."""
+        shard = self.sequence.shard
+        x = (x if shard is None else shard.whole(x))[0]
         if self.index is not None:
             x = x.new_zeros(self.batch * self.time, *x.shape[1:]).index_copy(0, self.index, x)
         return x.unflatten(0, (self.batch, self.time))

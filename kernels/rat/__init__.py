@@ -8,14 +8,15 @@ import torch
 
 from farspan.kernels.operator import Operator, choose_backend, declare
 from farspan.kernels.rat.chunked import rat_chunked
+from farspan.kernels.rat.exchange import Exchange
 from farspan.kernels.rat.reference import rat_reference
 
-__all__ = ["RatState", "rat"]
+__all__ = ["Exchange", "RatState", "rat"]
 
 OPERATOR = declare(
     Operator(
         "rat",
-        per_head=("v", "gate", "z", "initial_state"),
+        per_head=("v", "gate", "z", "initial_state", "exchange"),
         per_group=("q", "k"),
         per_head_parameters=("gate_bias",),
         replicated=("rope", "lengths", "offsets", "chunk"),
@@ -50,6 +51,7 @@ def rat(
     rope: tuple[torch.Tensor, torch.Tensor] | None = None,
     offsets: tuple[int, ...] | None = None,
     initial_state: RatState | None = None,
+    exchange: Exchange | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, RatState]:
@@ -64,13 +66,15 @@ def rat(
     float dtype; gates, running states and softmax statistics in fp32 or wider.
     lengths: tokens of each document; offsets: tokens of it before these (zeros when None), which `initial_state` holds.
     chunk: tokens per chunk, L >= 1, counted from each document's start; no length needs to be a multiple of it.
+    exchange: brings the summaries of earlier chunks from where they are, once these tokens' own are finished: then no
+    document may begin inside a chunk, and initial_state is left out.
     rope: cos and sin, fp32 [chunks, D / 2], by which queries and summaries turn at their chunk's index; None for none.
     Returns y [1, T, H, D], and the state after these tokens with only the new summaries in it (append them to the
     earlier ones). Differentiable in every float argument and the initial state.
     Raises ValueError where shapes disagree or rope is too short. Source: arXiv 2507.04416, equations 1 to 6.
     """
     offsets = (0,) * len(lengths) if offsets is None else offsets
-    _check(q, k, v, gate, gate_bias, z, lengths, offsets, chunk, rope, initial_state)
+    _check(q, k, v, gate, gate_bias, z, lengths, offsets, chunk, rope, initial_state, exchange)
     scale = v.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(v.dtype, torch.float32)
     if initial_state is None:
@@ -82,11 +86,12 @@ def rat(
     else:
         run = {"reference": rat_reference, "chunked": rat_chunked}[choice]
     running, before = initial_state[:2], initial_state[2:]
-    y, summaries, final = run(q, k, v, gate, gate_bias, z, rope, running, before, lengths, offsets, chunk, scale)
+    arguments = (q, k, v, gate, gate_bias, z, rope, running, before, lengths, offsets, chunk, scale)
+    y, summaries, final = run(*arguments, exchange)
     return y, RatState(*final, *summaries)
 
 
-def _check(q, k, v, gate, gate_bias, z, lengths, offsets, chunk, rope, state) -> None:
+def _check(q, k, v, gate, gate_bias, z, lengths, offsets, chunk, rope, state, exchange) -> None:
     heads, head_dim = v.shape[2:]
     if q.ndim != 4 or q.shape[0] != 1 or k.shape != q.shape or q.shape[1] != v.shape[1] or q.shape[3] != head_dim:
         raise ValueError(f"shapes disagree: q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
@@ -103,7 +108,10 @@ def _check(q, k, v, gate, gate_bias, z, lengths, offsets, chunk, rope, state) ->
     if rope is not None and (len(rope[0]) < chunks or 2 * rope[0].shape[1] != head_dim):
         raise ValueError(f"rope tables {list(rope[0].shape)} must be [{chunks} or more chunks, {head_dim} / 2]")
     known = sum(offset // chunk for offset in offsets)
-    if state is None and any(offsets):
+    if exchange is not None:
+        if state is not None or any(offset % chunk for offset in offsets):
+            raise ValueError(f"with an exchange, offsets {offsets[:8]} are multiples of chunk={chunk} without a state")
+    elif state is None and any(offsets):
         raise ValueError(f"offsets {offsets[:8]} need an initial state")
     if state is not None and (len(state.key) != len(lengths) or len(state.keys) != known):
         raise ValueError(

@@ -18,25 +18,70 @@ from dataclasses import dataclass
 import torch
 
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
+from farspan.kernels.rat.exchange import run_exchanged
 from farspan.kernels.rat.grid import TOKENS_AT_ONCE, Document, Grid, make_grid
 
 # Queries that follow earlier chunks need a mask; it is built for this many chunks at a time: linear memory.
 MASKED_CHUNKS = 512
 
 
-def rat_chunked(q, k, v, gate, gate_bias, z, rope, running, before, lengths, offsets, chunk, scale):
+def rat_chunked(q, k, v, gate, gate_bias, z, rope, running, before, lengths, offsets, chunk, scale, exchange=None):
     """Mix packed documents; see `kernels.rat.rat` for the meaning.
 
     q, k: [1, T, G, D]; v, gate, z: [1, T, H, D]; gate_bias: [H, D]; rope: cos and sin, fp32 [chunks, D / 2], or None.
     running: key and value, [documents, H, D], fp32. before: summary keys and values, [chunks, H, D], of all documents'
-    earlier chunks one after the other.
+    earlier chunks one after the other; `exchange` brings them in its place.
     Returns y [1, T, H, D], the new summaries (keys, values) [chunks, H, D], the new running states [documents, H, D].
     """
     cos, sin = (None, None) if rope is None else rope
-    y, keys, values, key, value, _, _ = _rat_forward(
-        q, k, v, gate, gate_bias, z, cos, sin, *running, *before, list(lengths), list(offsets), chunk, scale
-    )
+    inputs = (q, k, v, gate, gate_bias, z, cos, sin, *running)
+    constants = (list(lengths), list(offsets), chunk, scale)
+    if exchange is not None:
+        y, keys, values, key, value = run_exchanged(forward_pass, backward_pass, exchange, constants, *inputs)
+    else:
+        y, keys, values, key, value, *_ = _rat_forward(*inputs, *before, *constants)
     return y, (keys, values), (key, value)
+
+
+def forward_pass(
+    q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, before_keys, before_values,
+    lengths, offsets, chunk, scale, exchange=None,
+):  # fmt: skip
+    """y, summary keys and values, running key and value; and what `backward_pass` takes after the inputs.
+
+    exchange: brings the earlier summaries, in place of before_keys and before_values.
+    """
+    grid = make_grid(tuple(lengths), tuple(offsets), chunk, q.device)
+    dtype = torch.promote_types(v.dtype, torch.float32)
+    inputs = _Inputs.spread(q, k, v, gate, gate_bias, (running_key, running_value), grid, dtype)
+    o = v.new_empty(grid.rows, chunk, *v.shape[2:], dtype=dtype)  # first the running values, then the outputs
+    own = o.new_empty(o.shape[:-1])
+    ends = [o.new_empty(grid.rows, *v.shape[2:]) for _ in range(2)]
+    for rows in grid.blocks():
+        block = inputs.rows(rows)
+        key, _ = block.scan(value=o[rows])
+        own[rows] = scale * _times_group(key, block.q).sum(-1)
+        ends[0][rows], ends[1][rows] = key[:, -1], o[rows][:, -1]
+    index, finished = grid.chunk_index, grid.finished_rows
+    keys = turn(ends[0][finished], cos, sin, index[finished]).to(v.dtype)
+    values = ends[1][finished].to(v.dtype)
+
+    if exchange is not None:
+        before_keys, before_values = exchange.forward(keys, values)
+    lse = own.clone()
+    turned = turn(inputs.q.to(dtype), cos, sin, index)
+    for part in _parts(grid, (before_keys, before_values), (keys, values), q.shape[2], dtype):
+        inter, inter_lse = part.attend(turned, scale)
+        weight = torch.sigmoid(part.heads(own) - inter_lse)
+        output = part.heads(o)
+        torch.lerp(inter, output, weight[..., None], out=output)
+        part.heads(lse).copy_(torch.logaddexp(part.heads(own), inter_lse))
+    o = grid.collect(o)[None]
+    y = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for tokens in _token_blocks(y):
+        torch.mul(torch.sigmoid(z[:, tokens].to(dtype)), o[:, tokens], out=y[:, tokens])
+    final = [end[grid.last_rows] for end in ends]
+    return (y, keys, values, *final), (before_keys, before_values, keys, values, o.to(v.dtype), lse)
 
 
 @torch.library.custom_op("farspan::rat_forward", mutates_args=())
@@ -59,34 +104,9 @@ def _rat_forward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns y, summary keys, summary values, running key, running value, o [1, T, H, D] and lse [rows, chunk, H]."""
-    grid = make_grid(tuple(lengths), tuple(offsets), chunk, q.device)
-    dtype = torch.promote_types(v.dtype, torch.float32)
-    inputs = _Inputs.spread(q, k, v, gate, gate_bias, (running_key, running_value), grid, dtype)
-    o = v.new_empty(grid.rows, chunk, *v.shape[2:], dtype=dtype)  # first the running values, then the outputs
-    own = o.new_empty(o.shape[:-1])
-    ends = [o.new_empty(grid.rows, *v.shape[2:]) for _ in range(2)]
-    for rows in grid.blocks():
-        block = inputs.rows(rows)
-        key, _ = block.scan(value=o[rows])
-        own[rows] = scale * _times_group(key, block.q).sum(-1)
-        ends[0][rows], ends[1][rows] = key[:, -1], o[rows][:, -1]
-    index, finished = grid.chunk_index, grid.finished_rows
-    keys = turn(ends[0][finished], cos, sin, index[finished]).to(v.dtype)
-    values = ends[1][finished].to(v.dtype)
-
-    lse = own.clone()
-    turned = turn(inputs.q.to(dtype), cos, sin, index)
-    for part in _parts(grid, (before_keys, before_values), (keys, values), q.shape[2], dtype):
-        inter, inter_lse = part.attend(turned, scale)
-        weight = torch.sigmoid(part.heads(own) - inter_lse)
-        output = part.heads(o)
-        torch.lerp(inter, output, weight[..., None], out=output)
-        part.heads(lse).copy_(torch.logaddexp(part.heads(own), inter_lse))
-    o = grid.collect(o)[None]
-    y = torch.empty_like(v, memory_format=torch.contiguous_format)
-    for tokens in _token_blocks(y):
-        torch.mul(torch.sigmoid(z[:, tokens].to(dtype)), o[:, tokens], out=y[:, tokens])
-    return y, keys, values, *(end[grid.last_rows] for end in ends), o.to(v.dtype), lse
+    inputs = (q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, before_keys, before_values)
+    results, saved = forward_pass(*inputs, lengths, offsets, chunk, scale)
+    return *results, *saved[-2:]
 
 
 @_rat_forward.register_fake
@@ -102,38 +122,13 @@ def _(
     return torch.empty_like(v), *summaries, *final, torch.empty_like(v), lse
 
 
-@torch.library.custom_op("farspan::rat_backward", mutates_args=())
-def _rat_backward(
-    dy: torch.Tensor,
-    dkeys: torch.Tensor,
-    dvalues: torch.Tensor,
-    drunning_key: torch.Tensor,
-    drunning_value: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    gate: torch.Tensor,
-    gate_bias: torch.Tensor,
-    z: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    running_key: torch.Tensor,
-    running_value: torch.Tensor,
-    before_keys: torch.Tensor,
-    before_values: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    lengths: list[int],
-    offsets: list[int],
-    chunk: int,
-    scale: float,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-]:  # fmt: skip
-    """Gradients of q, k, v, gate, gate_bias, z, the running states and the earlier summaries."""
+def backward_pass(
+    dy, dkeys, dvalues, drunning_key, drunning_value, q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value,
+    before_keys, before_values, keys, values, o, lse, lengths, offsets, chunk, scale, exchange=None,
+):  # fmt: skip
+    """Gradients of q, k, v, gate, gate_bias, z, the running states and the earlier summaries; `exchange` takes these
+    home and brings what other ranks found for the new summaries.
+    """
     grid = make_grid(tuple(lengths), tuple(offsets), chunk, q.device)
     dtype, groups = lse.dtype, q.shape[2]
     inputs = _Inputs.spread(q, k, v, gate, gate_bias, (running_key, running_value), grid, dtype)
@@ -154,6 +149,9 @@ def _rat_backward(
     dbefore = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (before_keys, before_values)]
     for part in _parts(grid, (before_keys, before_values), (keys, values), groups, dtype):
         part.backward(do, turned, o, lse, scale, dturned, dbefore, (dkeys, dvalues))
+    if exchange is not None:
+        for gradient, home in zip((dkeys, dvalues), exchange.backward(*dbefore), strict=True):
+            gradient += home
     dq = turn(dturned, cos, sin, index, back=True)
     ends = [do.new_zeros(grid.rows, *v.shape[2:]) for _ in range(2)]  # adjoints of the states at the ends of chunks
     ends[0][finished], ends[1][finished] = turn(dkeys, cos, sin, index[finished], back=True), dvalues
@@ -194,6 +192,44 @@ def _rat_backward(
         *(x.to(running_key.dtype) for x in drunning),
         *(x.to(before_keys.dtype) for x in dbefore),
     )
+
+
+@torch.library.custom_op("farspan::rat_backward", mutates_args=())
+def _rat_backward(
+    dy: torch.Tensor,
+    dkeys: torch.Tensor,
+    dvalues: torch.Tensor,
+    drunning_key: torch.Tensor,
+    drunning_value: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    gate: torch.Tensor,
+    gate_bias: torch.Tensor,
+    z: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    running_key: torch.Tensor,
+    running_value: torch.Tensor,
+    before_keys: torch.Tensor,
+    before_values: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    lengths: list[int],
+    offsets: list[int],
+    chunk: int,
+    scale: float,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
+    """Gradients of q, k, v, gate, gate_bias, z, the running states and the earlier summaries."""
+    gradients = (dy, dkeys, dvalues, drunning_key, drunning_value)
+    inputs = (q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value)
+    saved = (before_keys, before_values, keys, values, o, lse)
+    return backward_pass(*gradients, *inputs, *saved, lengths, offsets, chunk, scale)
 
 
 @_rat_backward.register_fake

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from farspan.kernels.rat import fused_plan
+from farspan.kernels.rat.exchange import run_exchanged
 from farspan.kernels.rat.fused_backward import (
     gate_backward_kernel,
     keys_backward_kernel,
@@ -25,7 +26,7 @@ from farspan.kernels.rat.fused_tiles import BACKWARD, CARRIED, FORWARD, GATE_ROW
 __all__ = ["compilations", "rat_fused"]
 
 
-def rat_fused(q, k, v, gate, gate_bias, z, rope, running, before, lengths, offsets, chunk, scale):
+def rat_fused(q, k, v, gate, gate_bias, z, rope, running, before, lengths, offsets, chunk, scale, exchange=None):
     """Arguments and results as `kernels.rat.chunked.rat_chunked`; CUDA tensors (any under TRITON_INTERPRET=1).
 
     fp32, bf16 or fp16; head dims are even and at most 256, else ValueError.
@@ -36,10 +37,46 @@ def rat_fused(q, k, v, gate, gate_bias, z, rope, running, before, lengths, offse
             "use backend='chunked'"
         )
     cos, sin = (None, None) if rope is None else rope
-    y, keys, values, key, value, *_ = _fused_forward(
-        q, k, v, gate, gate_bias, z, cos, sin, *running, *before, list(lengths), list(offsets), chunk, scale
-    )
+    inputs = (q, k, v, gate, gate_bias, z, cos, sin, *running)
+    constants = (list(lengths), list(offsets), chunk, scale)
+    if exchange is not None:
+        y, keys, values, key, value = run_exchanged(forward_pass, backward_pass, exchange, constants, *inputs)
+    else:
+        y, keys, values, key, value, *_ = _fused_forward(*inputs, *before, *constants)
     return y, (keys, values), (key, value)
+
+
+def forward_pass(
+    q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, before_keys, before_values,
+    lengths, offsets, chunk, scale, exchange=None,
+):  # fmt: skip
+    """Results and arguments as `kernels.rat.chunked.forward_pass`."""
+    call = _Call.of(q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, lengths, offsets, chunk, scale)
+    plan, launch = call.plan, call.launch
+    keys, values = (call.with_known(x) for x in (before_keys, before_values))
+    y, final = v.new_empty(v.shape), [torch.empty_like(x) for x in call.running]
+    lse = v.new_empty(launch.heads, call.tokens, dtype=torch.float32)
+    turned = call.q if cos is None else q.new_empty(q.shape)
+    initial, _ = call.row_states()
+    parts = launch.parts(FORWARD)
+    constants = launch.lockstep(FORWARD)
+    states_kernel[(triton.cdiv(plan.rows, constants["N"]) * parts,)](
+        *call.recurrence, *call.angles, *initial, plan.row_table, turned, lse, y, keys, values, *final,
+        plan.rows, plan.slots, call.tokens, scale, call.q.stride(1), *call.strides,
+        **constants, ROTATE=cos is not None, PIECES=plan.pieced,
+    )  # fmt: skip
+    new = [x if plan.new == plan.summaries else x[plan.new_index] for x in (keys, values)]
+    if exchange is not None:
+        before_keys, before_values = exchange.forward(*new)
+        keys[plan.known_index], values[plan.known_index] = before_keys, before_values
+    tile = launch.tiles[0]
+    table = plan.query_table(tile.M)
+    attend_kernel[(table.shape[1] * launch.heads,)](
+        turned, keys, values, call.z, lse, y, table, table.shape[1], call.tokens, chunk, scale,
+        turned.stride(1), call.z.stride(1), **launch.blocks(tile),
+    )  # fmt: skip
+    turned = q.new_empty(0) if cos is None else turned
+    return (y, *new, *final), (before_keys, before_values, y, *new, turned, lse)
 
 
 @torch.library.custom_op("farspan::rat_fused_forward", mutates_args=())
@@ -66,28 +103,9 @@ def _fused_forward(
     """Returns y, new summary keys and values, final running key and value, turned queries (empty without rope) and lse,
     fp32 [H, T].
     """
-    call = _Call.of(q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, lengths, offsets, chunk, scale)
-    plan, launch = call.plan, call.launch
-    keys, values = (call.with_known(x) for x in (before_keys, before_values))
-    y, final = v.new_empty(v.shape), [torch.empty_like(x) for x in call.running]
-    lse = v.new_empty(launch.heads, call.tokens, dtype=torch.float32)
-    turned = call.q if cos is None else q.new_empty(q.shape)
-    initial, _ = call.row_states()
-    parts = launch.parts(FORWARD)
-    constants = launch.lockstep(FORWARD)
-    states_kernel[(triton.cdiv(plan.rows, constants["N"]) * parts,)](
-        *call.recurrence, *call.angles, *initial, plan.row_table, turned, lse, y, keys, values, *final,
-        plan.rows, plan.slots, call.tokens, scale, call.q.stride(1), *call.strides,
-        **constants, ROTATE=cos is not None, PIECES=plan.pieced,
-    )  # fmt: skip
-    tile = launch.tiles[0]
-    table = plan.query_table(tile.M)
-    attend_kernel[(table.shape[1] * launch.heads,)](
-        turned, keys, values, call.z, lse, y, table, table.shape[1], call.tokens, chunk, scale,
-        turned.stride(1), call.z.stride(1), **launch.blocks(tile),
-    )  # fmt: skip
-    new = [x if plan.new == plan.summaries else x[plan.new_index] for x in (keys, values)]
-    return y, *new, *final, q.new_empty(0) if cos is None else turned, lse
+    inputs = (q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, before_keys, before_values)
+    results, saved = forward_pass(*inputs, lengths, offsets, chunk, scale)
+    return *results, *saved[-2:]
 
 
 @_fused_forward.register_fake
@@ -101,6 +119,58 @@ def _(
     final = [x.new_empty(x.shape) for x in (running_key, running_value)]
     turned = q.new_empty(0) if cos is None else q.new_empty(q.shape)
     return v.new_empty(v.shape), *summaries, *final, turned, v.new_empty(v.shape[2], v.shape[1], dtype=torch.float32)
+
+
+def backward_pass(
+    dy, dkeys, dvalues, dfinal_key, dfinal_value, q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value,
+    before_keys, before_values, y, new_keys, new_values, turned, lse, lengths, offsets, chunk, scale, exchange=None,
+):  # fmt: skip
+    """Arguments and gradients as `kernels.rat.chunked.backward_pass`, with y and the turned queries saved."""
+    call = _Call.of(q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, lengths, offsets, chunk, scale)
+    plan, launch, tokens = call.plan, call.launch, call.tokens
+    turned = call.q if cos is None else turned
+    keys, values = call.with_known(before_keys, new_keys), call.with_known(before_values, new_values)
+    dy = _packed(dy)
+
+    do, dz, delta = v.new_empty(v.shape), z.new_empty(z.shape), torch.empty_like(lse)
+    gate_backward_kernel[(triton.cdiv(tokens * launch.heads, GATE_ROWS),)](
+        dy, y, call.z, do, dz, delta, tokens, dy.stride(1), call.z.stride(1), **launch.gate
+    )
+
+    tile = launch.tiles[1]
+    table, splits = plan.key_table(tile.N, tile.M, launch.heads)
+    dkeys_all, dvalues_all = (lse.new_empty(splits, *keys.shape) for _ in range(2))
+    if plan.summaries:
+        keys_backward_kernel[(table.shape[1] * launch.heads,)](
+            turned, keys, values, do, lse, delta, dkeys_all, dvalues_all, table, table.shape[1], plan.summaries, tokens,
+            chunk, scale, turned.stride(1), **launch.blocks(tile),
+        )  # fmt: skip
+    dkeys_all, dvalues_all = _sum_first(dkeys_all), _sum_first(dvalues_all)
+    for total, new in ((dkeys_all, dkeys), (dvalues_all, dvalues)):
+        if new is not None:
+            total.index_add_(0, plan.new_index, new.float())
+    if exchange is not None:
+        home = exchange.backward(dkeys_all[plan.known_index], dvalues_all[plan.known_index])
+        for total, new in zip((dkeys_all, dvalues_all), home, strict=True):
+            total.index_add_(0, plan.new_index, new.float())
+
+    tile = launch.tiles[2]
+    table = plan.query_table(tile.M)
+    programs = table.shape[1] * launch.groups
+    share = triton.cdiv(launch.share, min(launch.share, triton.cdiv(PROGRAMS // 2, programs)))
+    splits = triton.cdiv(launch.share, share)
+    dturned = lse.new_empty(splits, *q.shape[1:])
+    queries_backward_kernel[(programs * splits,)](
+        turned, keys, values, do, lse, delta, dturned, table, table.shape[1], tokens, chunk, scale, turned.stride(1),
+        share, **launch.blocks(tile),
+    )  # fmt: skip
+
+    final = dfinal_key.contiguous(), dfinal_value.contiguous()
+    dq, dk, dv, dgate, dbias, *drunning = call.states_backward(
+        do, lse, delta, _sum_first(dturned), dkeys_all, dvalues_all, final
+    )
+    dbefore = (x[plan.known_index].to(before_keys.dtype) for x in (dkeys_all, dvalues_all))
+    return dq, dk, dv, dgate, dbias, dz, *drunning, *dbefore
 
 
 @torch.library.custom_op("farspan::rat_fused_backward", mutates_args=())
@@ -136,47 +206,10 @@ def _fused_backward(
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
 ]:  # fmt: skip
     """Gradients of q, k, v, gate, gate_bias, z, the running states and the earlier summaries."""
-    call = _Call.of(q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value, lengths, offsets, chunk, scale)
-    plan, launch, tokens = call.plan, call.launch, call.tokens
-    turned = call.q if cos is None else turned
-    keys, values = call.with_known(before_keys, new_keys), call.with_known(before_values, new_values)
-    dy = _packed(dy)
-
-    do, dz, delta = v.new_empty(v.shape), z.new_empty(z.shape), torch.empty_like(lse)
-    gate_backward_kernel[(triton.cdiv(tokens * launch.heads, GATE_ROWS),)](
-        dy, y, call.z, do, dz, delta, tokens, dy.stride(1), call.z.stride(1), **launch.gate
-    )
-
-    tile = launch.tiles[1]
-    table, splits = plan.key_table(tile.N, tile.M, launch.heads)
-    dkeys_all, dvalues_all = (lse.new_empty(splits, *keys.shape) for _ in range(2))
-    if plan.summaries:
-        keys_backward_kernel[(table.shape[1] * launch.heads,)](
-            turned, keys, values, do, lse, delta, dkeys_all, dvalues_all, table, table.shape[1], plan.summaries, tokens,
-            chunk, scale, turned.stride(1), **launch.blocks(tile),
-        )  # fmt: skip
-    dkeys_all, dvalues_all = _sum_first(dkeys_all), _sum_first(dvalues_all)
-    for total, new in ((dkeys_all, dkeys), (dvalues_all, dvalues)):
-        if new is not None:
-            total.index_add_(0, plan.new_index, new.float())
-
-    tile = launch.tiles[2]
-    table = plan.query_table(tile.M)
-    programs = table.shape[1] * launch.groups
-    share = triton.cdiv(launch.share, min(launch.share, triton.cdiv(PROGRAMS // 2, programs)))
-    splits = triton.cdiv(launch.share, share)
-    dturned = lse.new_empty(splits, *q.shape[1:])
-    queries_backward_kernel[(programs * splits,)](
-        turned, keys, values, do, lse, delta, dturned, table, table.shape[1], tokens, chunk, scale, turned.stride(1),
-        share, **launch.blocks(tile),
-    )  # fmt: skip
-
-    final = dfinal_key.contiguous(), dfinal_value.contiguous()
-    dq, dk, dv, dgate, dbias, *drunning = call.states_backward(
-        do, lse, delta, _sum_first(dturned), dkeys_all, dvalues_all, final
-    )
-    dbefore = (x[plan.known_index].to(before_keys.dtype) for x in (dkeys_all, dvalues_all))
-    return dq, dk, dv, dgate, dbias, dz, *drunning, *dbefore
+    gradients = (dy, dkeys, dvalues, dfinal_key, dfinal_value)
+    inputs = (q, k, v, gate, gate_bias, z, cos, sin, running_key, running_value)
+    saved = (before_keys, before_values, y, new_keys, new_values, turned, lse)
+    return backward_pass(*gradients, *inputs, *saved, lengths, offsets, chunk, scale)
 
 
 @_fused_backward.register_fake

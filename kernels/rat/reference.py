@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from farspan.kernels.rat.exchange import Exchange, exchanged_by_autograd
+
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -21,8 +23,17 @@ def rat_reference(
     offsets: tuple[int, ...],
     chunk: int,
     scale: float,
+    exchange: Exchange | None = None,
 ) -> tuple[torch.Tensor, Tensors, Tensors]:
     """Arguments as `kernels.rat.chunked.rat_chunked`; computed in fp32, or float64 for float64 inputs."""
+    if exchange is not None:  # by its definition: the new summaries, which no other summary enters, go first
+        inputs = (q, k, v, gate, gate_bias, z, rope, running)
+        nothing = (v.new_zeros(sum(offset // chunk for offset in offsets), *v.shape[2:]),) * 2
+        _, new, _ = rat_reference(*inputs, nothing, lengths, offsets, chunk, scale)
+        # The zeros: the backward pass of every rank must come by the exchange, also where there is nothing to exchange.
+        before = exchanged_by_autograd(exchange, *(side + 0 * v.sum() for side in new))
+        y, new, final = rat_reference(*inputs, before, lengths, offsets, chunk, scale)
+        return y + 0 * sum(side.sum() for side in before), new, final
     dtype = torch.promote_types(v.dtype, torch.float32)
     heads = v.shape[2]
     tile = heads // q.shape[2]
