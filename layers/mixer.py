@@ -77,12 +77,15 @@ class GroupedOptions(MixerOptions):
 class Mixer(nn.Module, ABC):
     """Project, mix tokens head by head in `core`, project back.
 
-    A subclass implements `mix`, `new_state`, `state_bytes` and `flops`; `grid` is the multiple of tokens at which a
-    document must start on a shard for its layout rules to hold.
+    A subclass implements `mix`, `new_state`, `state_bytes` and `flops`. For a sequence that is shared out over ranks it
+    says by `layouts` for which layouts it has a rule, by `exchanges_heads` whether that rule uses Ulysses ranks, and by
+    `grid` at which multiple of tokens a document must start that an edge of a shard cuts.
     """
 
     name: ClassVar[str]
     options_type: ClassVar[type[MixerOptions]]
+    layouts: ClassVar[tuple[str, ...]] = ()
+    exchanges_heads: ClassVar[bool] = False
     grid: int = 1
 
     def __init__(self, options: MixerOptions) -> None:

@@ -34,7 +34,7 @@ class Softmax(Mixer):
     On a shard: Ulysses within a ring slot, gathered keys or a ring between slots.
     """
 
-    layouts = LAYOUTS
+    layouts, exchanges_heads = LAYOUTS, True
 
     def __init__(self, options: SoftmaxOptions) -> None:
         super().__init__(options)

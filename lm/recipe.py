@@ -5,6 +5,7 @@ A recipe may `extends: other.yaml` (relative to itself), and the command line ov
 """
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from farspan.lm.data.spec import DataSpec, TokenizerSpec
+from farspan.lm.parallelism import Parallelism, choose_parallelism
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -94,8 +96,28 @@ class ParallelSpec(Section):
     zero: Literal[1, 2, 3] = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     checkpointing: bool = False  # recompute activations in the backward pass
-    ring: Literal[1] = 1
-    ulysses: Literal[1] = 1
+    context: Positive | None = None  # ranks that share the tokens of each row; default: ring x ulysses, or 1
+    ring: Positive | None = (
+        None  # of these, ranks between which keys travel; what is left out is chosen (lm/parallelism.py)
+    )
+    ulysses: Positive | None = None  # ranks that exchange heads, neighbours on one node
+    layout: Literal["auto", "contiguous", "zigzag"] = "auto"  # which tokens a rank holds
+    attention: Literal["auto", "gather", "ring"] = "auto"  # how full attention meets the keys of other ring ranks
+    timeout: PositiveFloat = 300.0  # seconds that a rank may keep the others of its context waiting
+
+    @property
+    def context_size(self) -> int:
+        """Ranks that share each row."""
+        return self.context or (self.ring or 1) * (self.ulysses or 1)
+
+    @model_validator(mode="after")
+    def _multiplies(self) -> "ParallelSpec":
+        given = {name: getattr(self, name) for name in ("ring", "ulysses") if getattr(self, name) is not None}
+        ranks = math.prod(given.values())
+        if self.context is not None and (self.context % ranks or (len(given) == 2 and ranks != self.context)):
+            named = " x ".join(f"parallel.{name}={value}" for name, value in given.items())
+            raise ValueError(f"{named} does not give parallel.context={self.context}; change one, or leave one out")
+        return self
 
 
 class SpikeSpec(Section):
@@ -146,13 +168,21 @@ class EvaluationSpec(Section):
 
 @dataclass(frozen=True)
 class Shares:
-    """How one step is cut: `rows` = ranks * accumulation * micro_rows."""
+    """How one step is cut: `rows` = replicas * accumulation * micro_rows.
+
+    A replica is the `context` ranks that share each of its rows; rows_per_replica of the step are its own.
+    """
 
     rows: int
-    rows_per_rank: int
+    rows_per_replica: int
     micro_rows: int
     accumulation: int
+    context: int
     reason: str
+
+    @property
+    def replicas(self) -> int:
+        return self.rows // self.rows_per_replica
 
 
 class Recipe(Section):
@@ -170,25 +200,54 @@ class Recipe(Section):
     train: TrainSpec
     evaluation: EvaluationSpec = EvaluationSpec()
 
+    @property
+    def rows(self) -> int:
+        """Of one optimizer step."""
+        return self.batch.tokens // self.batch.sequence_length
+
     def resolve(self, world_size: int) -> Shares:
         """Cuts the batch over `world_size` ranks; ValueError where it does not divide."""
-        length, rows = self.batch.sequence_length, self.batch.tokens // self.batch.sequence_length
-        if rows % world_size:
-            below, above = rows // world_size * world_size * length, -(-rows // world_size) * world_size * length
-            sizes = f"{below} or {above}" if below else f"{above}"
+        length, rows = self.batch.sequence_length, self.rows
+        context = self.parallel.context_size
+        if world_size % context:
             raise ValueError(
-                f"batch.tokens={self.batch.tokens} is {rows} rows of {length}, which {world_size} processes do not "
-                f"divide; use batch.tokens={sizes}, or --nproc {_listed(_divisors(rows))}"
+                f"parallel.context={context} ranks share each row, which do not divide {world_size} "
+                f"{'process' if world_size == 1 else 'processes'}; use --nproc {context}, or a multiple of it"
             )
-        per_rank = rows // world_size
-        most = min(self.batch.rows_per_device or per_rank, per_rank)
-        micro = max(rows for rows in _divisors(per_rank) if rows <= most)
-        accumulation = per_rank // micro
+        replicas = world_size // context
+        if rows % replicas:
+            below, above = rows // replicas * replicas * length, -(-rows // replicas) * replicas * length
+            sizes = f"{below} or {above}" if below else f"{above}"
+            shared = f" in groups of {context}" if context > 1 else ""
+            counts = [divisor * context for divisor in _divisors(rows)]
+            raise ValueError(
+                f"batch.tokens={self.batch.tokens} is {rows} rows of {length}, which {world_size} processes{shared} do "
+                f"not divide; use batch.tokens={sizes}, or --nproc {_listed(counts)}"
+            )
+        own = rows // replicas
+        most = min((self.batch.rows_per_device or own) * context, own)
+        micro = max(rows for rows in _divisors(own) if rows <= most)
+        accumulation = own // micro
         reason = (
-            f"gradient accumulation {accumulation}, because {self.batch.tokens} tokens / {world_size} "
-            f"{'rank' if world_size == 1 else 'ranks'} / {micro * length} tokens per device"
+            f"gradient accumulation {accumulation}, because {self.batch.tokens} tokens / {replicas} "
+            f"{'replica' if context > 1 else 'rank'}{'' if replicas == 1 else 's'} / {micro * length} tokens per "
+            f"{f'replica of {context} devices' if context > 1 else 'device'}"
         )
-        return Shares(rows, per_rank, micro, accumulation, reason)
+        return Shares(rows, own, micro, accumulation, context, reason)
+
+    def parallelism(self, world_size: int, per_node: int) -> Parallelism:
+        """The mesh of `world_size` ranks, `per_node` of them on each machine; ValueError where it cannot be."""
+        spec = self.parallel
+        return choose_parallelism(
+            world_size,
+            per_node,
+            self.decoder_config().mixers(),
+            context=spec.context_size,
+            ring=spec.ring,
+            ulysses=spec.ulysses,
+            layout=spec.layout,
+            attention=spec.attention,
+        )
 
     def steps(self) -> int | None:
         """Optimizer steps of the run; None where a wall-clock budget decides (see `lm/train/schedule.py`)."""

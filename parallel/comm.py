@@ -12,8 +12,8 @@ order and says nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -26,15 +26,9 @@ _all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else 
 _reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 
 
-@contextmanager
-def operation(name: str, axis: Axis) -> Iterator[None]:
-    """Around a collective: an error in it becomes RankLost, which names the operation and the rank that is missing."""
-    doing = f"{name} over {axis.name} {list(axis.ranks)}"
-    watch.begin(doing)
-    try:
-        yield
-    except RuntimeError as error:
-        raise watch.lost(doing, error) from error
+def operation(name: str, axis: Axis) -> AbstractContextManager[None]:
+    """Around a collective: where a rank is missing, its error names the operation and that rank."""
+    return watch.during(f"{name} over {axis.name} {list(axis.ranks)}")
 
 
 def all_gather(x: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -8,7 +8,7 @@ are innermost because their all-to-all is what gains most from a fast link.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -37,9 +37,6 @@ class Axis:
     def size(self) -> int:
         return len(self.ranks)
 
-    def __deepcopy__(self, memo: dict) -> Axis:
-        return self  # process groups are not copied
-
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
@@ -51,7 +48,6 @@ class Mesh:
     ring: Axis
     ulysses: Axis
     context: Axis
-    _agreed: set[tuple[int, ...]] = field(default_factory=set, repr=False)
 
     @classmethod
     def create(cls, data: int, ring: int, ulysses: int, timeout: float = TIMEOUT) -> Mesh:

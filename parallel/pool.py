@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -54,15 +55,16 @@ class Pool:
         for pipe in self._pipes:
             pipe.send_bytes(call)
         deadline, results, errors = time.monotonic() + self._timeout, [], {}
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                    errors[rank] = f"did not answer within {self._timeout:g} s"
-                    continue
-                failed, value = pickle.loads(pipe.recv_bytes())
-            except (EOFError, OSError):
-                errors[rank] = f"died (exit code {self._code(rank)})"
+        for rank, (pipe, process) in enumerate(zip(self._pipes, self.processes, strict=True)):
+            ready = wait([pipe, process.sentinel], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                errors[rank] = f"did not answer within {self._timeout:g} s"
                 continue
+            if not pipe.poll():  # forked processes hold each other's pipes: their end does not show here
+                process.join()
+                errors[rank] = f"died (exit code {process.exitcode})"
+                continue
+            failed, value = pickle.loads(pipe.recv_bytes())
             results.append(value)
             if failed:
                 errors[rank] = value
@@ -82,10 +84,6 @@ class Pool:
     @property
     def is_open(self) -> bool:
         return all(process.is_alive() for process in self.processes)
-
-    def _code(self, rank: int) -> int | None:
-        self.processes[rank].join(1)
-        return self.processes[rank].exitcode
 
 
 def free_port() -> int:

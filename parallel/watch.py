@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -17,6 +19,7 @@ import torch.distributed as dist
 _INTERVAL = 1.0
 # A process that is alive writes every second, also on a machine that is busy; after this it counts as dead.
 _SILENCE = 5.0
+_VERDICT = "farspan/lost"
 
 
 class RankLost(RuntimeError):
@@ -42,16 +45,37 @@ class Watch:
         self._thread.join(timeout=2 * _INTERVAL)
 
     def missing(self) -> str:
-        """Which ranks are dead, or else which one is furthest behind this one; empty if none is."""
-        before = self._read_all()
-        time.sleep(_SILENCE)
-        now = self._read_all()
+        """Which ranks are dead, or else which one is furthest behind this one; empty if none is.
+
+        The first rank that finds out tells the others, which might take it for dead itself once it has left.
+        """
+        before, deadline = self._read_all(), time.monotonic() + _SILENCE
+        while time.monotonic() < deadline:
+            if told := self._told():
+                return told
+            time.sleep(_INTERVAL / 4)
+        found = self._find(before, self._read_all())
+        if found and not self._told():
+            self._tell(found)
+            time.sleep(_INTERVAL)  # the store may go with this process
+        return found
+
+    def _find(self, before: dict[int, Any], now: dict[int, Any]) -> str:
         dead = [rank for rank, signs in now.items() if signs is None or signs == before[rank]]
         if dead:
-            return "; ".join(f"rank {rank} is dead{_said(now[rank])}" for rank in dead)
+            return "; ".join(f"rank {rank} is dead or stopped{_said(now[rank] or before[rank])}" for rank in dead)
         least = min((signs["begun"] for signs in now.values()), default=self.begun)
         behind = [rank for rank, signs in now.items() if signs["begun"] == least < self.begun]
         return "; ".join(f"rank {rank} hangs{_said(now[rank])}" for rank in behind)
+
+    def _told(self) -> str:
+        with suppress(Exception):
+            return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
+        return ""
+
+    def _tell(self, found: str) -> None:
+        with suppress(Exception):
+            self._store.set(_VERDICT, found)
 
     def _write(self) -> None:
         beat = 0
@@ -104,10 +128,19 @@ def begin(doing: str) -> None:
         _watch.begin(doing)
 
 
-def lost(operation: str, error: BaseException) -> RankLost:
-    """The error of an operation that failed: who waited, in what, for whom."""
-    missing = "" if _watch is None else _watch.missing()
-    said = " ".join(str(error).split())[:200]
-    return RankLost(
-        f"rank {dist.get_rank()} failed in {operation}: {missing or 'no rank is known to be missing'} ({said})"
-    )
+@contextmanager
+def during(doing: str) -> Iterator[None]:
+    """Around what this process does with the others: an error that a missing rank has caused becomes RankLost, which
+    names both. Other errors pass.
+    """
+    begin(doing)
+    try:
+        yield
+    except RankLost:
+        raise
+    except RuntimeError as error:
+        missing = "" if _watch is None else _watch.missing()
+        if not missing:
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise RankLost(f"rank {dist.get_rank()} failed in {doing}: {missing} ({said})") from error

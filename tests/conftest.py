@@ -1,5 +1,6 @@
 """Settings of every test process: one thread (two on a busy machine are ten times slower), a fixed seed."""
 
+import functools
 import os
 import sys
 
@@ -18,6 +19,46 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Pools of processes by their number of ranks: made at the first use, kept for the session."""
+    kept = {}
+    yield kept
+    for pool in kept.values():
+        pool.close()
+
+
+@pytest.fixture
+def run_distributed(pools):
+    """`run_distributed(function, ranks, *arguments)` -> what the function returned on each rank of a gloo job.
+
+    The function is one of a module: the processes are forked after collection, so they have the test's module. With
+    ranks = (ring, ulysses) it gets the mesh before the arguments. It should return errors instead of asserting: a rank
+    that stops early leaves the others waiting.
+    """
+    from farspan.parallel.pool import Pool
+
+    def run(function, ranks, *arguments):
+        if isinstance(ranks, tuple):
+            function, ranks, arguments = _on_mesh, ranks[0] * ranks[1], (function, ranks, *arguments)
+        if ranks not in pools or not pools[ranks].is_open:
+            pools[ranks] = Pool(ranks)
+        return pools[ranks].run(function, *arguments)
+
+    return run
+
+
+def _on_mesh(function, sizes, *arguments):
+    return function(_mesh(*sizes), *arguments)
+
+
+@functools.cache  # in each process: making the groups takes longer than most tests
+def _mesh(ring, ulysses):
+    from farspan.parallel import Mesh
+
+    return Mesh.create(1, ring, ulysses)
 
 
 @pytest.fixture

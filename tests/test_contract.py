@@ -16,7 +16,7 @@ from farspan import DecoderConfig, DecoderForCausalLM
 from farspan.eval.memory import peak_bytes
 from farspan.layers import MIXERS, Sequence, build
 from farspan.layers.mixer import Mixer
-from farspan.lm.recipe import ParallelSpec
+from farspan.parallel import ContextParallel
 
 WIDTH, HEADS = 16, 4
 # Options for tests, and a length at which the reference computes no more than the full convention counts.
@@ -28,13 +28,9 @@ SMALL = {
 REACH = {"rat": 13, "softmax": 12, "window": 5}
 
 TORCH_KERNELS = "its fused form is torch's CUDA flash attention, which has no interpreter"
-NO_RULE = "it has no sharding rule yet"
 EXEMPT = {
     ("fused", "softmax"): TORCH_KERNELS,
     ("fused", "window"): TORCH_KERNELS,
-    ("context parallel", "rat"): NO_RULE,
-    ("context parallel", "softmax"): NO_RULE,
-    ("context parallel", "window"): NO_RULE,
 }
 
 mixers = pytest.mark.parametrize("name", sorted(MIXERS))
@@ -359,9 +355,150 @@ def test_export_and_reload_give_the_same_logits(pattern, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+# Context parallelism: functions that run on every rank, and compare with the whole row there
+
+MESHES = [(2, 1), (1, 2), (4, 1), (1, 4), (2, 2)]
+ROWS = {"one document": (53,), "ragged": RAGGED, "single tokens": (1,) * 7, "one token": (1,)}
+meshes = pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: f"ring{sizes[0]}-ulysses{sizes[1]}")
+
+
+def contexts(mesh, pattern):
+    for layout in ("contiguous", "zigzag") if mesh.ring.size > 1 else ("contiguous",):
+        for attention in ("gather", "ring") if mesh.ring.size > 1 and "softmax" in pattern else ("gather",):
+            yield ContextParallel(mesh, layout, attention)
+
+
+def summed(tensors, axis):
+    """The sums over the ranks: of shares of a loss, and of gradients."""
+    tensors = [tensor.clone() for tensor in tensors]
+    for tensor in tensors:
+        torch.distributed.all_reduce(tensor, group=axis.group)
+    return tensors
+
+
+def sharded_errors(mesh, pattern, dtype):
+    """The largest error of loss, logits, input and parameter gradients in every layout, packing and way to attend."""
+    model, found = decoder(pattern).to(dtype), {}
+    for row, lengths in ROWS.items():
+        tokens = sum(lengths)
+        torch.manual_seed(4)
+        x = torch.randn(1, tokens, WIDTH, dtype=dtype).requires_grad_()
+        labels = torch.randint(0, 61, (1, tokens))
+        labels[:, ::5] = -100
+        labels[:, -1] = 3  # never all ignored
+        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        arguments = {"inputs_embeds": x, "cu_seqlens": boundaries}
+        inputs = [x, *model.parameters()]
+
+        def results(context, arguments=arguments, labels=labels, inputs=inputs):
+            loss = model(**arguments, shift_labels=labels, context=context).loss
+            return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+        expected, logits = results(None), model(**arguments).logits
+        for context in contexts(mesh, pattern):
+            actual = summed(results(context), mesh.context)
+            pairs = [*zip(actual, expected, strict=True), (model(**arguments, context=context).logits, logits)]
+            error = max(float((a - b).abs().max() / max(1.0, float(b.abs().max()))) for a, b in pairs)
+            found[row, context.layout, context.attention] = error
+    return found
+
+
+@patterns
+@meshes
+def test_context_parallel_equals_one(run_distributed, pattern, sizes):
+    for found in run_distributed(sharded_errors, sizes, pattern, torch.float64):
+        assert max(found.values()) <= 1e-12, found
+
+
+@patterns
+def test_context_parallel_error_does_not_grow_with_the_ranks(run_distributed, pattern):
+    for sizes in [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]:
+        for found in run_distributed(sharded_errors, sizes, pattern, torch.float32):
+            assert max(found.values()) <= 2e-6, found
+
+
+def sharded_generation(mesh, pattern):
+    """What a left-padded batch generates, and by how much the states of its sharded prefill are off."""
+    model = decoder(pattern)
+    ids, mask = torch.zeros(3, 13, dtype=torch.int64), torch.zeros(3, 13, dtype=torch.int64)
+    torch.manual_seed(5)
+    for row, length in enumerate((7, 13, 1)):
+        ids[row, 13 - length :] = torch.randint(2, 61, (length,))
+        mask[row, 13 - length :] = 1
+    found = []
+    for context in [None, *contexts(mesh, pattern)]:
+        options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0, "context": context}
+        tokens = model.generate(ids, attention_mask=mask, **options)
+        with torch.no_grad():
+            cache = model(ids, attention_mask=mask, use_cache=True, context=context).past_key_values
+        found.append((tokens, cache.states))
+    (tokens, states), *others = found
+    worst = 0.0
+    for other_tokens, other_states in others:
+        assert torch.equal(tokens, other_tokens)
+        for state, other in zip(states, other_states, strict=True):
+            for name, value in state.items():
+                if name in ("key", "value") and "keys" in state:  # running states of chunks that are not finished
+                    inside = (state["position"] % SMALL["rat"]["chunk"] > 0)[:, None, None]
+                    value, other[name] = torch.where(inside, value, 0), torch.where(inside, other[name], 0)
+                worst = max(worst, float((value - other[name]).abs().max()))
+    return worst
+
+
+@patterns
+@pytest.mark.parametrize("sizes", [(2, 1), (2, 2)])
+def test_context_parallel_prefill_equals_one(run_distributed, pattern, sizes):
+    assert max(run_distributed(sharded_generation, sizes, pattern)) <= 1e-12
+
+
+def checkpointed(mesh, pattern):
+    model = decoder(pattern).train()
+    torch.manual_seed(6)
+    ids, results = torch.randint(2, 61, (1, 41)), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for context in contexts(mesh, pattern):
+            model.zero_grad()
+            loss = model(ids, shift_labels=ids.roll(-1, 1), context=context).loss
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    half = len(results) // 2
+    pairs = zip(results[:half], results[half:], strict=True)
+    return all(torch.equal(a, b) for pair in pairs for a, b in zip(*pair, strict=True))
+
+
 @mixers
-@pytest.mark.parametrize("axis", ["ring", "ulysses"])
-def test_context_parallel_equals_one(name, axis):
-    assert ("context parallel", name) in EXEMPT, f"test {name} under context parallelism here"
-    with pytest.raises(ValueError, match=axis):
-        ParallelSpec(**{axis: 2})
+def test_context_parallel_checkpointing_changes_no_bit(run_distributed, name):
+    assert all(run_distributed(checkpointed, (2, 2), (name,)))
+
+
+@mixers
+def test_a_mixer_says_for_which_layouts_it_has_a_rule(name, monkeypatch):
+    mixer = MIXERS[name]
+    for layout in ("contiguous", "zigzag"):
+        mixer.check_sharding(make(name).options, layout, 2, 2)
+    monkeypatch.setattr(mixer, "layouts", ("contiguous",))
+    with pytest.raises(ValueError, match=f"mixer {name} has no rule .* zigzag layout; it has rules for contiguous"):
+        mixer.check_sharding(make(name).options, "zigzag", 2, 1)
+    monkeypatch.setattr(mixer, "layouts", ())
+    with pytest.raises(ValueError, match="it has none for any layout"):
+        mixer.check_sharding(make(name).options, "contiguous", 2, 1)
+
+
+def refused(mesh, name):
+    mixer, layouts = MIXERS[name], MIXERS[name].layouts
+    mixer.layouts = ("contiguous",)
+    try:
+        decoder((name,))(torch.ones(1, 20, dtype=torch.int64), context=ContextParallel(mesh, "zigzag"))
+        return ""
+    except ValueError as error:
+        return str(error)
+    finally:
+        mixer.layouts = layouts
+
+
+@mixers
+def test_a_mixer_without_a_rule_refuses_on_every_rank(run_distributed, name):
+    for message in run_distributed(refused, (2, 1), name):
+        assert f"mixer {name} has no rule" in message

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from farspan.cli.bench_tables import compile_table, decode_table, kernels_table, parallel_table, train_table
 from farspan.lm.console import console
 
 app = typer.Typer(no_args_is_help=True)
@@ -67,7 +68,8 @@ def kernels(
     protocol = Protocol(
         width or (2048 if cuda else 512),
         heads or (16 if cuda else 8),
-        _lengths(lengths) or ((4096, 8192, 16384, 32768, 65536, 131072) if cuda else (4096, 16384)),
+        _numbers("--lengths", lengths, "4096,16384")
+        or ((4096, 8192, 16384, 32768, 65536, 131072) if cuda else (4096, 16384)),
         tokens or (262_144 if cuda else None),
         precision,
         place,
@@ -117,6 +119,49 @@ def decode(
 
 
 @app.command()
+def parallel(
+    mixers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "softmax,window,rat",
+    ranks: Annotated[str | None, typer.Option(help="Numbers of processes; 1,2,4, on CUDA as GPUs allow.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Of the document; 8192 on CPU, 65,536 on CUDA.")] = None,
+    width: Width = None,
+    heads: Heads = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every side runs once in each.")] = 3,
+    layout: Annotated[str, typer.Option(help="Of the tokens over the ranks: contiguous or zigzag.")] = "contiguous",
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Output = RESULTS,
+) -> None:
+    """Time, bytes sent and memory of a rank, of mixer layers on one document that several ranks share.
+
+    softmax shares it in every way: by heads (Ulysses), with gathered keys, as a ring, and in two dimensions on 4 ranks.
+    A layer whose outputs or gradients are wrong, or that does not send what its formula says to the byte, gets no
+    numbers, and the exit status is 1. On a CPU a process has one thread; on CUDA a GPU.
+
+    Example: `farspan bench parallel --mixers softmax,rat --ranks 1,2 --tokens 4096`
+    """
+    import torch
+
+    from farspan.eval.bench_parallel import Protocol, bench_parallel, picture, pools, steps
+
+    place, precision = _device(device), _dtype(dtype, device)
+    cuda = place.type == "cuda"
+    possible = tuple(n for n in (1, 2, 4) if not cuda or n <= torch.cuda.device_count())
+    protocol = Protocol(
+        tuple(dict.fromkeys(_names(mixers))),
+        width or (2048 if cuda else 512),
+        heads or (16 if cuda else 8),
+        tokens or (65536 if cuda else 8192),
+        tuple(sorted(set(_numbers("--ranks", ranks, "1,2,4")))) or possible,
+        layout,
+        precision,
+        place,
+    )
+    with pools(protocol) as processes, _progress(steps(protocol, rounds)) as progress:
+        result = bench_parallel(protocol, processes, rounds, progress)
+    _finish(output, "parallel", result, parallel_table(result), picture(result))
+
+
+@app.command()
 def train(
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; both sides run in each.")] = 10,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of a side per round.")] = 4,
@@ -158,69 +203,6 @@ def _finish(folder: Path, name: str, result: dict[str, Any], table: Any, figure:
         raise typer.Exit(1)
 
 
-def kernels_table(result: dict[str, Any]) -> Any:
-    """What `bench_kernels` found, as a rich table grouped by length."""
-    published = any(row.get("published_ratio") for row in result["rows"])
-    extra = ("published",) if published else ()
-    table = _table("tokens", "layer", "ms", "x softmax", *extra, "tokens/s", "TFLOP/s", "memory", "error", "eager", "")
-    previous = None
-    for row in result["rows"]:
-        if previous not in (None, row["length"]):
-            table.add_section()
-        cells = [f"{row['length']:,}" if previous != row["length"] else "", row["name"]]
-        previous = row["length"]
-        if "seconds" in row:
-            cells += [f"{1e3 * row['median_seconds']:,.1f}", _times(row["ratio"])]
-            cells += [_times(row["published_ratio"])] if published else []
-            flops = row["tflops_per_second"]
-            cells += [f"{row['tokens_per_second']:,.0f}", "" if flops is None else f"{flops:.3g}"]
-            cells += [f"{row['peak_bytes'] / 1e6:,.0f} MB"]
-        else:
-            cells += ["wrong", *[""] * (4 + len(extra))]
-        _add_checked(table, cells, row["check"])
-    return table
-
-
-def decode_table(result: dict[str, Any]) -> Any:
-    """What `bench_decode` found, as a rich table."""
-    published = any(row.get("published_ratio") for row in result["rows"])
-    extra = ("published",) if published else ()
-    table = _table("layer", "ms/step", "x softmax", *extra, "tokens/s", "state", "GB/s", "error", "eager", "")
-    for row in result["rows"]:
-        cells = [row["name"]]
-        if "seconds" in row:
-            cells += [f"{1e3 * row['median_seconds']:,.3g}", _times(row["ratio"])]
-            cells += [_times(row["published_ratio"])] if published else []
-            cells += [f"{row['tokens_per_second']:,.0f}", f"{row['state_bytes'] / 1e6:,.1f} MB"]
-            cells += [f"{row['state_bytes'] / row['median_seconds'] / 1e9:,.3g}"]
-        else:
-            cells += ["wrong", *[""] * (4 + len(extra))]
-        _add_checked(table, cells, row["check"])
-    return table
-
-
-def train_table(result: dict[str, Any]) -> Any:
-    """What `bench_train` found, as a rich table."""
-    table = _table("", "tokens/s", "peak memory")
-    for name, speed in result["median_tokens_per_second"].items():
-        table.add_row(name, f"{speed:,.0f}", f"{result['peak_bytes'][name] / 1e6:,.0f} MB")
-    ours, peer = result["peak_bytes"].values()
-    table.add_row("median ratio", f"{result['median_ratio']:.3f}", f"{ours / peer:.3f}", style="bold")
-    return table
-
-
-def compile_table(reports: list[Any]) -> Any:
-    """What became of every Triton kernel, as a rich table."""
-    columns = ("kernel", "head dim", "warps", "registers", "spilled", "shared memory", "matrix", "faults")
-    table = _table("operator", *columns)
-    for report in reports:
-        cells = (report.head_dim, report.num_warps, report.registers, report.spilled, f"{report.shared:,}")
-        faults = "; ".join(report.faults)
-        style = "red" if faults else None
-        table.add_row(report.operator, report.kernel, *map(str, cells), report.matrix, faults, style=style)
-    return table
-
-
 def _compile_only(arch: str) -> None:
     """Print the table of compiled kernels, from a process in which Triton compiles and does not interpret."""
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -237,29 +219,6 @@ def _compile_only(arch: str) -> None:
     console.print(f"{len(reports)} kernels for {arch}: {faulty or 'none'} with faults", style="red" if faulty else None)
     if faulty:
         raise typer.Exit(1)
-
-
-def _table(*titles: str) -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    words = ("layer", "operator", "kernel", "matrix", "faults", "")
-    for title in titles:
-        table.add_column(title, justify="left" if title in words else "right")
-    return table
-
-
-def _add_checked(table: Any, cells: list[str], check: dict[str, Any]) -> None:
-    """A row with the errors of its check at the end; red, with the name of the tensor that is wrong, if it failed."""
-    errors = [f"{check[name]:.1e}" for name in ("error", "eager_error")]
-    if check["passed"]:
-        table.add_row(*cells, *errors)
-    else:
-        table.add_row(*cells, *errors, check["tensor"], style="red")
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.3g}x"
 
 
 @contextmanager
@@ -281,11 +240,11 @@ def _names(mixers: str) -> list[str]:
     return [name.strip() for name in mixers.split(",") if name.strip()]
 
 
-def _lengths(given: str | None) -> tuple[int, ...]:
+def _numbers(option: str, given: str | None, example: str) -> tuple[int, ...]:
     try:
-        return tuple(int(length) for length in given.split(",")) if given else ()
+        return tuple(int(number) for number in given.split(",")) if given else ()
     except ValueError:
-        raise ValueError(f"--lengths {given} are not numbers separated by commas, as in 4096,16384") from None
+        raise ValueError(f"{option} {given} are not numbers separated by commas, as in {example}") from None
 
 
 def _device(name: str | None) -> Any:

@@ -44,13 +44,15 @@ def train(
     from farspan.lm.train import launch
     from farspan.lm.train.inputs import open_inputs
     from farspan.lm.train.run import RunFolder, TrainingFailed
+    from farspan.parallel.watch import RankLost
 
     if launch.is_worker():
         processes = launch.local_processes()
     else:
-        processes = launch.default_processes(loaded.resolve(1).rows) if nproc is None else nproc
+        processes = _processes(loaded, nproc)
         launch.check_processes(processes)
         loaded.resolve(processes)
+        loaded.parallelism(processes, processes)
     folder = RunFolder(RUNS, loaded.name)
     inputs = open_inputs(loaded)
     if not launch.is_worker() or os.environ["RANK"] == "0":  # other ranks may already see what rank 0 makes
@@ -68,7 +70,7 @@ def train(
             )
         else:
             _work(loaded, inputs, folder, processes)
-    except (launch.LaunchFailed, TrainingFailed) as error:
+    except (launch.LaunchFailed, RankLost, TrainingFailed) as error:
         typer.echo(f"failed: {error}", err=True)
         raise typer.Exit(1) from None
 
@@ -85,6 +87,12 @@ def _work(recipe: "Recipe", inputs: "Inputs", folder: "RunFolder", processes: in
     launch.run_worker(lambda: run(recipe, inputs, folder, stop), folder.path / "logs")
 
 
+def _processes(recipe: "Recipe", asked: int | None) -> int:
+    from farspan.lm.train import launch
+
+    return launch.default_processes(recipe.rows, recipe.parallel.context_size) if asked is None else asked
+
+
 def _print_plan(recipe: "Recipe", processes: int | None) -> None:
     from rich.table import Table
 
@@ -92,8 +100,7 @@ def _print_plan(recipe: "Recipe", processes: int | None) -> None:
     from farspan.lm.train import launch
     from farspan.lm.train.estimate import estimate
 
-    if processes is None:
-        processes = launch.local_processes() if launch.is_worker() else launch.default_processes(recipe.resolve(1).rows)
+    processes = launch.local_processes() if launch.is_worker() else _processes(recipe, processes)
     console.print(recipe.to_yaml(), markup=False, highlight=False, soft_wrap=True)
     table = Table(show_header=False, box=None)
     for row in estimate(recipe, processes):

@@ -79,10 +79,6 @@ class Corpus:
         return self.metadata["eos_token_id"]
 
     @property
-    def pad_token_id(self) -> int:
-        return self.metadata["pad_token_id"]
-
-    @property
     def bytes_per_token(self) -> float:
         """UTF-8 bytes of text per token of this split: turns nats per token into bits per byte."""
         counts = self.metadata["splits"][self.split]

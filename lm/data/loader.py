@@ -46,20 +46,15 @@ class Loader:
 
     weights: share of the rows from each corpus, any scale; exact to 1/1000 in each block of 1,000 rows
     rows: rows of one step, over all ranks and micro-batches
-    align: documents start at multiples of it within a row; what lies between is filled with pad tokens, which are
-        documents of their own without labels (sequence sharding needs it)
 
-    Raises ValueError where a corpus fills no row, corpora have different tokenizers, or `align` does not divide
-    `sequence_length`.
+    Raises ValueError where a corpus fills no row or corpora have different tokenizers.
     """
 
-    def __init__(
-        self, corpora: list[Corpus], weights: list[float], sequence_length: int, rows: int, seed: int, align: int = 1
-    ):
+    def __init__(self, corpora: list[Corpus], weights: list[float], sequence_length: int, rows: int, seed: int):
         for corpus in corpora:
             corpus.check_tokenizer(corpora[0].tokenizer_hash, f"of {corpora[0].directory}")
         self.rows = rows
-        self._streams = [Stream(corpus, sequence_length, (seed, i), align) for i, corpus in enumerate(corpora)]
+        self._streams = [Stream(corpus, sequence_length, (seed, i)) for i, corpus in enumerate(corpora)]
         self._mixture = Mixture(weights, seed)
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> list[Batch]:

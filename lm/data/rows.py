@@ -26,9 +26,9 @@ IGNORED = -100
 class Slice:
     """One row before its tokens are read. Pieces follow each other and fill the row.
 
-    starts: [pieces] int64, index of the piece's first token in the corpus; -1 where it is padding
+    starts: [pieces] int64, index of the piece's first token in the corpus
     lengths: [pieces] int64, at least 1
-    ends: [pieces] bool, whether the piece's last token is its document's last (or padding: no token follows)
+    ends: [pieces] bool, whether the piece's last token is its document's last
     valid_tokens: labels that are not -100
     """
 
@@ -55,16 +55,11 @@ class Stream:
     seed: whole numbers that name the shuffles; None keeps the order of the files
     """
 
-    def __init__(self, corpus: Corpus, sequence_length: int, seed: tuple[int, ...] | None, align: int = 1):
-        if align < 1 or sequence_length % align:
-            raise ValueError(f"sequence_length={sequence_length} is not a multiple of align={align}; make it one")
+    def __init__(self, corpus: Corpus, sequence_length: int, seed: tuple[int, ...] | None):
         self.corpus = corpus
         self.sequence_length = sequence_length
-        self.align = align
         self.seed = seed
-        # With `align`, each document takes a whole number of cells in the stream, so that all start on the grid.
-        self._cells = -(-corpus.lengths // align) * align
-        total = int(self._cells.sum())
+        total = int(corpus.lengths.sum())
         self.rows_per_epoch = total // sequence_length
         if self.rows_per_epoch == 0:
             raise ValueError(
@@ -82,29 +77,18 @@ class Stream:
         last = first + self.sequence_length
         slots = np.arange(np.searchsorted(begins, first, "right") - 1, np.searchsorted(begins, last, "left"))
         start, stop = begins[slots], begins[slots + 1]
-        document = documents[slots]
-        text_stop = start + self.corpus.offsets[document + 1] - self.corpus.offsets[document]
-        # A slot is text and then padding (none where align is 1); either may lie outside the row, its length is then 0.
-        low = np.stack([np.maximum(start, first), np.maximum(text_stop, first)], axis=1)
-        high = np.stack([np.minimum(text_stop, last), np.minimum(stop, last)], axis=1)
-        source = np.stack([self.corpus.offsets[document] + low[:, 0] - start, np.full(len(slots), -1)], axis=1)
-        ends = np.stack([text_stop <= last, np.ones(len(slots), bool)], axis=1)
-        lengths = (high - low).reshape(-1)
-        kept = lengths > 0
-        source, lengths, ends = source.reshape(-1)[kept], lengths[kept], ends.reshape(-1)[kept]
-        text = source >= 0
-        return Slice(source, lengths, ends, valid_tokens=int(lengths[text].sum() - ends[text].sum()))
+        low, high = np.maximum(start, first), np.minimum(stop, last)
+        source = self.corpus.offsets[documents[slots]] + low - start
+        lengths, ends = high - low, stop <= last
+        return Slice(source, lengths, ends, valid_tokens=int(lengths.sum() - ends.sum()))
 
     def read(self, piece: Slice) -> Row:
         """Gather the tokens of one row and their labels."""
         begins = np.cumsum(piece.lengths) - piece.lengths
-        padding = np.repeat(piece.starts < 0, piece.lengths)
         index = np.repeat(piece.starts - begins, piece.lengths) + np.arange(self.sequence_length)
-        tokens = self.corpus.tokens[np.where(padding, 0, index)].astype(np.int64)
-        tokens[padding] = self.corpus.pad_token_id
+        tokens = self.corpus.tokens[index].astype(np.int64)
         labels = np.empty_like(tokens)
         labels[:-1] = tokens[1:]
-        labels[padding] = IGNORED
         last = begins + piece.lengths - 1
         labels[last[piece.ends]] = IGNORED
         cut = last[~piece.ends]  # the row cuts this document: its next token is the label, though it is in another row
@@ -114,11 +98,11 @@ class Stream:
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of an epoch: documents in order [documents], where each begins [documents + 1], rows in order [rows]."""
-        documents, rows = np.arange(len(self._cells)), np.arange(self.rows_per_epoch)
+        documents, rows = np.arange(len(self.corpus.lengths)), np.arange(self.rows_per_epoch)
         if self.seed is not None:
             documents = np.argsort(random_words((*self.seed, epoch, 0), len(documents)), kind="stable")
             rows = np.argsort(random_words((*self.seed, epoch, 1), len(rows)), kind="stable")
-        return documents, np.concatenate([[0], np.cumsum(self._cells[documents])]), rows
+        return documents, np.concatenate([[0], np.cumsum(self.corpus.lengths[documents])]), rows
 
 
 def random_words(seed: tuple[int, ...], count: int) -> np.ndarray:

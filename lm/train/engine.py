@@ -1,13 +1,16 @@
 """DeepSpeed as the trainer uses it: one optimizer step, whole weights, checkpoint files.
 
 The gradient that the optimizer sees is the plain sum over ranks and micro-batches, because the loss is already divided
-by the valid tokens of the whole step: `gradient_divisor` undoes the mean that DeepSpeed takes.
+by the valid tokens of the whole step. That holds for ranks that share a row as for ranks that have rows of their own,
+so to DeepSpeed all ranks are alike, data-parallel: weights, gradients and optimizer states are shared out over all of
+them. What it divides the sum by is found out at the start, by `probe_divisor`, and undone.
 """
 
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ import torch.distributed as dist
 from farspan.lm.recipe import ParallelSpec, Recipe, Shares
 from farspan.lm.train import faults
 from farspan.lm.train.checkpoint import hold_errors
+from farspan.lm.train.gradients import gradient_shards, is_whole, probe_divisor
 from farspan.lm.train.optimizer import assert_muon_split, clip_norm, deepspeed_section, parameter_groups, roles
 from farspan.lm.train.spikes import SpikeGuard
+from farspan.parallel import ContextParallel, watch
 
 _TAG = "deepspeed"  # the folder of DeepSpeed's files within a checkpoint
 
@@ -27,7 +32,7 @@ _TAG = "deepspeed"  # the folder of DeepSpeed's files within a checkpoint
 class StepResult:
     """One optimizer step, as the host reads it after the step; equal on all ranks except for `metrics`.
 
-    loss: nats per valid token of the global batch. loss_max: the largest of the ranks' own means. grad_norm: of the
+    loss: nats per valid token of the global batch. loss_max: the largest of the replicas' own means. grad_norm: of the
     summed gradient, before clipping. applied: False where the step was skipped. metrics: means over this rank's
     micro-batches of what the mixers report.
     """
@@ -39,49 +44,53 @@ class StepResult:
     metrics: dict[str, float]
 
 
-def gradient_divisor(ranks: int, accumulation: int) -> int:
-    """What DeepSpeed divides the sum of the gradients by, at ZeRO 1, 2 and 3 alike, without sequence parallelism.
-
-    `engine.backward` divides by the accumulation and the reduction by the data-parallel ranks;
-    tests/test_train/test_runs.py compares 2 ranks x 2 micro-batches with 1 x 1.
-    """
-    return ranks * accumulation
-
-
 def runs_bf16(spec: ParallelSpec, device: torch.device) -> bool:
     return spec.precision == "bf16" or (spec.precision == "auto" and device.type == "cuda")
 
 
-def init_distributed(device: torch.device) -> None:
+def init_distributed(device: torch.device, timeout: float) -> None:
     """Joins the process group named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; gloo for CPU tensors on any
     device.
+
+    timeout: seconds after which a rank that waits for another one gives up, in DeepSpeed's own group too.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of every skipped step, in its own words
     # DeepSpeed's shared-memory all-reduce for CPU takes half a minute of g++ at first use, and spins forever when a
     # rank dies, where gloo reports it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None, timeout=limit)
     deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    # DeepSpeed reduces in a copy of the world group, for which it takes torch's default of half an hour.
+    dist.distributed_c10d._set_pg_timeout(limit, groups._clone_world_group())
 
 
 class Engine:
-    """A model under DeepSpeed. Call every method on all ranks."""
+    """A model under DeepSpeed. Call every method on all ranks.
 
-    def __init__(self, model: Any, recipe: Recipe, shares: Shares, device: torch.device):
+    context: how rows are shared out, None where every rank has its own. The ranks of a context get the same batches.
+    """
+
+    def __init__(
+        self, model: Any, recipe: Recipe, shares: Shares, device: torch.device, context: ContextParallel | None = None
+    ):
         import deepspeed
 
-        self.device = device
+        self.device, self.context = device, context
         self.ranks, self.rank = dist.get_world_size(), dist.get_rank()
+        self.replicas, self.replica = shares.replicas, self.rank // shares.context
         self._zero = recipe.parallel.zero
-        self._divisor = gradient_divisor(self.ranks, shares.accumulation)
         self._guard = SpikeGuard(recipe.train.spike, device)
         if device.type == "cpu":
             # DeepSpeed wraps Muon's kernels in torch.compile; inductor needs half a minute for them and wins nothing
             # here.
             torch.compiler.set_stance("force_eager")
+        configuration = _configuration(recipe, shares, device)
+        self._divisor = probe_divisor(configuration, device)
         found = roles(model)
         model.universal_checkpoint_info = _universal_checkpoint_info()
         if recipe.parallel.checkpointing:
@@ -89,13 +98,12 @@ class Engine:
         self._deepspeed, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, recipe.optimizer),
-            config=_configuration(recipe, shares, device),
+            config=configuration,
             dist_init_required=False,
         )
         if recipe.optimizer.name == "muon":
             assert_muon_split(found)
-        # In bf16 at ZeRO 1 DeepSpeed's optimizer is another, which holds all of the gradient in fp32 on every rank.
-        self._is_whole = self._zero == 1 and runs_bf16(recipe.parallel, device)
+        self._is_whole = is_whole(self._deepspeed.optimizer)
         self._rates = [group["lr"] for group in self._deepspeed.optimizer.param_groups]
 
     @property
@@ -106,7 +114,8 @@ class Engine:
     def train_step(
         self, batches: Sequence[Any], valid_tokens: int, rate: float, step: int, dry: bool = False
     ) -> StepResult:
-        """Forward and backward over this rank's micro-batches, then the optimizer at `rate` times its learning rates.
+        """Forward and backward over this replica's micro-batches, then the optimizer at `rate` times its learning
+        rates.
 
         valid_tokens: labels of the global batch that count. A step is not applied if its loss or gradient is not finite
         or a spike: the guard's verdict, 1 or NaN, multiplies the gradient, and DeepSpeed's own check for
@@ -125,20 +134,24 @@ class Engine:
             loss += micro.detach()
             for name, value in output.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value / len(batches)
-            self._deepspeed.backward(micro * self._divisor)
+            with watch.during("gradient reduction"):
+                self._deepspeed.backward(micro * self._divisor)
             if batch is not batches[-1]:
                 self._deepspeed.step()  # only counts: DeepSpeed finds the end of the step itself
         if not dry:
             faults.reach("after_backward", step)
 
         own_tokens = max(1, sum(batch.valid_tokens for batch in batches))
-        own_mean = loss * (valid_tokens / own_tokens)
-        ranks = self._gather(torch.stack([loss, own_mean, self._norm_squared()]))
-        total, largest, norm = ranks[:, 0].sum(), ranks[:, 1].max(), ranks[:, 2].sum().sqrt()
+        own_mean = loss * (valid_tokens / own_tokens)  # of a replica: its ranks' parts add up
+        with watch.during("exchange of losses"):
+            ranks = self._gather(torch.stack([loss, own_mean, self._norm_squared()]))
+        replicas = ranks.unflatten(0, (self.replicas, -1)).sum(1)
+        total, largest, norm = ranks[:, 0].sum(), replicas[:, 1].max(), ranks[:, 2].sum().sqrt()
         good = torch.full_like(total, float("nan")) if dry else self._guard.judge(total, norm)
         # All of it: at ZeRO 3 Muon moves a matrix's momentum before the check, unless its gradient is not finite.
         torch._foreach_mul_(self._gradient_shards(), good)
-        self._deepspeed.step()
+        with watch.during("optimizer step"):
+            self._deepspeed.step()
         applied = not self._deepspeed.optimizer.overflow
         if applied:
             self.model.after_step(self._sum)
@@ -147,8 +160,8 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """Sum of the negative log-likelihoods of a batch in nats, a scalar on the device; the model in evaluation
-        mode.
+        """Sum of the negative log-likelihoods of a batch in nats, a scalar on the device, or this rank's share of it;
+        the model in evaluation mode.
         """
         self._deepspeed.eval()
         return self._deepspeed(**self._inputs(batch), num_items_in_batch=1, use_cache=False).loss
@@ -179,19 +192,18 @@ class Engine:
         self._guard.load_state_dict(state["spikes"])
         return state
 
-    def _inputs(self, batch: Any) -> dict[str, torch.Tensor]:
+    def _inputs(self, batch: Any) -> dict[str, Any]:
         move = {"device": self.device, "non_blocking": True}
         return {
             "input_ids": batch.input_ids.to(**move),
             "shift_labels": batch.shift_labels.to(**move),
             "cu_seqlens": batch.cu_seqlens,
+            "context": self.context,
         }
 
     def _gradient_shards(self) -> list[torch.Tensor]:
         """The reduced gradient, where the optimizer will read it: this rank's shards, or all of it (`_is_whole`)."""
-        if self._is_whole:
-            return self._deepspeed.optimizer.fp32_groups_gradients_flat
-        return [shard for shards in self._deepspeed.optimizer.averaged_gradients.values() for shard in shards]
+        return gradient_shards(self._deepspeed.optimizer)
 
     def _norm_squared(self) -> torch.Tensor:
         """This rank's part of the squared norm of the summed gradient, fp32; the parts add up over the ranks."""
@@ -246,6 +258,8 @@ def _configuration(recipe: Recipe, shares: Shares, device: torch.device) -> dict
         "optimizer": deepspeed_section(recipe.optimizer),
         "gradient_clipping": clip_norm(recipe.optimizer),
         "bf16": {"enabled": runs_bf16(recipe.parallel, device)},
+        # Ranks that share a row hold parts of one gradient, which are added in fp32.
+        **({"communication_data_type": "fp32"} if shares.context > 1 else {}),
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
             "stage": recipe.parallel.zero,

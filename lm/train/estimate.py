@@ -14,7 +14,7 @@ def estimate(recipe: Recipe, processes: int) -> list[tuple[str, str]]:
     """(what, value) rows for a table: parameters, FLOPs, memory of one device (to about a fifth), steps."""
     from farspan.lm.decoder import DecoderForCausalLM
 
-    shares = recipe.resolve(processes)
+    shares, parallelism = recipe.resolve(processes), recipe.parallelism(processes, processes)
     config = recipe.decoder_config(**_vocabulary(recipe))
     with torch.device("meta"):
         model = DecoderForCausalLM(config)
@@ -30,6 +30,7 @@ def estimate(recipe: Recipe, processes: int) -> list[tuple[str, str]]:
         ("parameters", f"{count(parameters)} ({count(matrices)} in matrices)"),
         ("FLOPs per token", f"{count(flops[0])} causal, {count(flops[1])} full, at length {length}"),
         ("batch", f"{recipe.batch.tokens} tokens in {shares.rows} rows; {shares.reason}"),
+        *([("parallel", parallelism.reason)] if shares.context > 1 else []),
         ("steps", str(steps) if steps else f"measured at the start, to fill {recipe.train.minutes} minutes"),
     ]
     if steps:
@@ -59,7 +60,8 @@ def memory_bytes(
     """
     zero, size = recipe.parallel.zero, 2 if bf16 else 4
     moments = 4 * (parameters - matrices) * 2 + 4 * matrices * (1 if recipe.optimizer.name == "muon" else 2)
-    tokens = recipe.resolve(ranks).micro_rows * recipe.batch.sequence_length
+    shares = recipe.resolve(ranks)
+    tokens = shares.micro_rows * recipe.batch.sequence_length // shares.context
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     one_layer = tokens * size * (10 * width + 3 * inner)  # norms, q k v o, residuals; gate, up and their product
     kept = tokens * size * width * layers + one_layer if recipe.parallel.checkpointing else one_layer * layers

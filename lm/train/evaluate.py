@@ -14,17 +14,17 @@ from farspan.lm.train.stop import Stop
 
 
 def validation_loss(engine: Engine, batches: Sequence[Batch], stop: Stop) -> float | None:
-    """Nats per token over `batches`, dealt out over the ranks; the same on all, and for any number of ranks to
+    """Nats per token over `batches`, dealt out over the replicas; the same on all ranks, and for any number of them to
     rounding.
 
     None if the run was asked to stop meanwhile. Every rank takes the same number of forward passes, which ZeRO-3 needs:
     where the batches do not go round, the last ones are taken again and not counted.
     """
     total = torch.zeros((), dtype=torch.float64)
-    for first in range(0, len(batches), engine.ranks):
+    for first in range(0, len(batches), engine.replicas):
         if stop.agreed():
             return None
-        index = first + engine.rank
+        index = first + engine.replica
         nll = engine.evaluate(batches[min(index, len(batches) - 1)])
         if index < len(batches):
             total += nll.double().cpu()

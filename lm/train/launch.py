@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from farspan.parallel.watch import RankLost
+
 _NOTES = "FARSPAN_NOTES"  # the folder of the workers' notes, for workers started by `launch`
 
 
@@ -25,10 +27,10 @@ class LaunchFailed(RuntimeError):
     """A worker died; exit code 1."""
 
 
-def default_processes(rows: int) -> int:
-    """As many CUDA devices as divide the rows of a step; one process on CPU."""
+def default_processes(rows: int, context: int = 1) -> int:
+    """As many CUDA devices as replicas of `context` ranks divide the rows of a step; one replica on CPU."""
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 1
-    return max(count for count in range(1, devices + 1) if rows % count == 0)
+    return context * max(n for n in range(1, max(1, devices // context) + 1) if rows % n == 0)
 
 
 def check_processes(processes: int) -> None:
@@ -85,6 +87,12 @@ def run_worker(work: Callable[[], None], logs: Path) -> None:
             _note(rank, 2, " ".join(str(error).split()))
             if is_launched():  # the launcher prints the line, once for all ranks
                 raise SystemExit(2) from None
+            raise
+        except RankLost as error:  # the launcher, or the command line, prints the one line
+            traceback.print_exc(file=log)
+            _note(rank, 1, str(error))
+            if is_launched():
+                raise SystemExit(1) from None
             raise
         except SystemExit as left:
             _note(rank, left.code if isinstance(left.code, int) else 1, "")

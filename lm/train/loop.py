@@ -7,6 +7,7 @@ shape errors come before the data), then steps. `run/length.json` fixes the numb
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import torch.distributed as dist
 
 from farspan.lm.console import console
 from farspan.lm.data.loader import Batch, Loader
+from farspan.lm.parallelism import Parallelism
 from farspan.lm.recipe import Recipe, Shares
 from farspan.lm.train import checkpoint, faults, schedule
 from farspan.lm.train.engine import Engine, device_of_rank, init_distributed, runs_bf16
 from farspan.lm.train.evaluate import bigram_loss, sample, validation_loss
 from farspan.lm.train.inputs import Inputs
+from farspan.lm.train.launch import local_processes
 from farspan.lm.train.metrics import MetricsWriter
 from farspan.lm.train.plots import plot_loss
 from farspan.lm.train.report import Meter, Reporter, count, duration, log_line, print_summary
 from farspan.lm.train.run import RunFolder, TrainingFailed, random_state, seed_everything, set_random_state
 from farspan.lm.train.stop import Stop, StopRequested
+from farspan.parallel import ContextParallel, Mesh, watch
 
 # An evaluator: called on all ranks with the model and the step; what it returns is recorded beside the validation loss.
 Evaluator = Callable[[Any, int], dict[str, float]]
@@ -39,10 +43,13 @@ def train(recipe: Recipe, inputs: Inputs, folder: RunFolder, stop: Stop, evaluat
     after a stop was asked for and everything saved.
     """
     device = device_of_rank()
-    init_distributed(device)
+    init_distributed(device, recipe.parallel.timeout)
+    if dist.get_world_size() > 1:
+        watch.start()
     try:
         _Run(recipe, inputs, folder, stop, device).go(evaluators)
     finally:
+        watch.stop()
         dist.destroy_process_group()
 
 
@@ -54,14 +61,18 @@ class _Run:
         self.is_main = self.rank == 0
         self.recipe, self.inputs, self.folder, self.stop, self.device = recipe, inputs, folder, stop, device
         self.shares = recipe.resolve(self.ranks)
+        self.parallelism = recipe.parallelism(self.ranks, local_processes())
         if self.is_main:
             folder.create(recipe, inputs, self.ranks)
         dist.barrier()
+        # The others wait as long as it takes for what the main rank does alone: hashing checkpoints, counting bigrams.
+        self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         self.step = self.skipped = self.skipped_in_row = 0
         self.loader: Loader = inputs.loader(recipe)
         self.validation = inputs.validation_batches(recipe, self.shares.micro_rows)
         seed_everything(recipe.seed)  # the same weights on every rank
-        self.engine = Engine(build_model(recipe, inputs), recipe, self.shares, device)
+        context = make_context(self.parallelism, recipe.parallel.timeout)
+        self.engine = Engine(build_model(recipe, inputs), recipe, self.shares, device, context)
         seed_everything(recipe.seed + self.rank)
         resumed = self._resume()
         self.total = self._decide_length()
@@ -71,11 +82,11 @@ class _Run:
         )
         if self.metrics is not None:
             self.metrics.rewind(self.step)
-        for line in decisions(recipe, self.shares, self.engine.model, device, self.total):
+        for line in decisions(recipe, self.shares, self.parallelism, self.engine.model, device, self.total):
             self.out.say(line)
         if resumed is not None:
             self.out.say(f"resuming {resumed}: step {self.step} of {self.total}")
-        tokens = self.shares.rows_per_rank * recipe.batch.sequence_length
+        tokens = self.shares.rows_per_replica * recipe.batch.sequence_length // self.shares.context
         self.meter = Meter(self.engine.model, recipe.batch.sequence_length, tokens, device)
 
     def go(self, evaluators: Sequence[Evaluator]) -> None:
@@ -146,6 +157,7 @@ class _Run:
         if self.is_main and loss is not None:
             stopped = lambda: self.stop.requested  # noqa: E731
             baseline = bigram_loss(self.loader, self.step, self.validation, self.inputs.vocab_size, stopped)
+        self._wait()
         if self.stop.agreed():
             raise StopRequested
         if self.is_main:
@@ -163,13 +175,14 @@ class _Run:
             print_summary(self.folder.path, summary)
 
     def _batches(self) -> Iterator[tuple[int, list[Batch], float]]:
-        return self.loader.prefetch(self.step, self.total, self.rank, self.ranks, self.shares.accumulation)
+        replica, replicas = self.engine.replica, self.engine.replicas
+        return self.loader.prefetch(self.step, self.total, replica, replicas, self.shares.accumulation)
 
     def _identifier(self, own: list[Batch], logged: bool) -> str | None:
-        """The global batch's: this rank's one micro-batch if that is all of it, else re-read, for the lines that are
+        """The global batch's: this replica's one micro-batch if that is all of it, else re-read, for the lines that are
         logged.
         """
-        if self.ranks == 1 and len(own) == 1:
+        if self.engine.replicas == 1 and len(own) == 1:
             return own[0].identifier
         return self.loader.identifier(self.step - 1) if logged else None
 
@@ -216,7 +229,7 @@ class _Run:
         if self.is_main:
             self.engine.model.save_pretrained(self.folder.exported, state_dict=weights)
             self.inputs.tokenizer.save_pretrained(self.folder.exported)
-        dist.barrier()
+        self._wait()
 
     def _save(self) -> None:
         state = {
@@ -234,16 +247,22 @@ class _Run:
             self.folder.checkpoints,
             self.step,
             write,
-            barrier=dist.barrier,
+            barrier=self._wait,
             is_main=self.is_main,
             keep=self.recipe.train.keep_checkpoints,
         )
+
+    def _wait(self) -> None:
+        """For all ranks, however long one of them takes; a rank that died is noticed at once."""
+        with watch.during("waiting for the main rank"):
+            dist.barrier(group=self.patient)
 
     def _resume(self) -> Path | None:
         """Loads the newest whole checkpoint, if there is one."""
         found: list[Path | None] = [None]
         if self.is_main:
             found[0] = checkpoint.latest(self.folder.checkpoints, lambda line: console.print(line, style="yellow"))
+        self._wait()
         dist.broadcast_object_list(found)
         path = found[0]
         if path is None:
@@ -264,7 +283,7 @@ class _Run:
         taken.
         """
         began = random_state()
-        batches = self.loader.batch(self.step, self.rank, self.ranks, self.shares.accumulation)
+        batches = self.loader.batch(self.step, self.engine.replica, self.engine.replicas, self.shares.accumulation)
         valid = self.loader.valid_tokens(self.step)
         self.engine.train_step(batches, valid, 1.0, self.step, dry=True)
         known = self.folder.length()
@@ -296,14 +315,25 @@ def build_model(recipe: Recipe, inputs: Inputs) -> Any:
     return DecoderForCausalLM(recipe.decoder_config(inputs.tokenizer, inputs.vocab_size))
 
 
-def decisions(recipe: Recipe, shares: Shares, model: Any, device: torch.device, total: int) -> list[str]:
+def make_context(parallelism: Parallelism, timeout: float) -> ContextParallel | None:
+    """The mesh of the job's processes; None where no rows are shared out. Every rank calls it."""
+    if parallelism.context == 1:
+        return None
+    mesh = Mesh.create(parallelism.data, parallelism.ring, parallelism.ulysses, timeout)
+    return ContextParallel(mesh, parallelism.layout, parallelism.attention)
+
+
+def decisions(
+    recipe: Recipe, shares: Shares, parallelism: Parallelism, model: Any, device: torch.device, total: int
+) -> list[str]:
     """What was decided and why, for a person."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: the whole, under ZeRO-3
     precision = "bf16 with fp32 master weights" if runs_bf16(recipe.parallel, device) else "fp32"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    ranks = shares.rows // shares.rows_per_rank
+    ranks = shares.replicas * shares.context
     lines = [
         f"{recipe.name}: {count(parameters)} parameters, {precision}, ZeRO {recipe.parallel.zero} on {ranks} x {where}",
+        *([parallelism.reason] if shares.context > 1 else []),
         shares.reason,
         f"{total} steps of {recipe.batch.tokens} tokens, {count(total * recipe.batch.tokens)} tokens in all",
     ]

@@ -20,6 +20,8 @@ from farspan.lm.train.inputs import Inputs
 # learned.
 _FREE = ("description", "expected", "evaluation", "train.log_every", "train.validate_every", "train.sample_every")
 _FREE += ("train.checkpoint_every", "train.keep_checkpoints", "train.tensorboard", "train.wandb")
+# How a row's tokens are shared out changes results by no more than rounding.
+_FREE += tuple(f"parallel.{key}" for key in ("context", "ring", "ulysses", "layout", "attention", "timeout"))
 
 
 # What may be there before the recipe, which makes a folder a run: logs of other ranks, what a killed `create` left.

@@ -17,27 +17,24 @@ GOLDEN_ORDER = [0, 8, 9, 3, 7, 5, 1, 11, 2, 10, 6, 13, 12, 4]
 FIELDS = ("input_ids", "shift_labels")
 
 
-def naive_rows(corpus: Corpus, length: int, documents: np.ndarray, align: int) -> list[list[tuple[int, int, int]]]:
+def naive_rows(corpus: Corpus, length: int, documents: np.ndarray) -> list[list[tuple[int, int, int]]]:
     """(token, label, piece) of every position of every row, written down one token at a time."""
     stream = []
     for document in documents:
         tokens = corpus.document(document).tolist()
         for place, token in enumerate(tokens):
-            stream.append((token, tokens[place + 1] if place + 1 < len(tokens) else -100, ("text", document)))
-        while len(stream) % align:
-            stream.append((corpus.pad_token_id, -100, ("padding", document)))
+            stream.append((token, tokens[place + 1] if place + 1 < len(tokens) else -100, document))
     return [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
 
 
-@pytest.mark.parametrize("align", [1, 4, 16])
 @pytest.mark.parametrize("length", [16, 32])
-def test_rows_are_slices_of_the_shuffled_documents(make_corpus, length, align):
+def test_rows_are_slices_of_the_shuffled_documents(make_corpus, length):
     corpus = make_corpus("c", LENGTHS)
-    stream = Stream(corpus, length, SEED, align)
+    stream = Stream(corpus, length, SEED)
     for epoch in (0, 1, 5):
         documents, _, order = stream._shuffle(epoch)
         assert sorted(documents) == list(range(len(LENGTHS)))
-        expected = naive_rows(corpus, length, documents, align)
+        expected = naive_rows(corpus, length, documents)
         assert sorted(order) == list(range(len(expected))) and stream.rows_per_epoch == len(expected)
         for number, place in enumerate(order):
             row = stream.read(stream.slice(epoch * stream.rows_per_epoch + number))
@@ -47,7 +44,6 @@ def test_rows_are_slices_of_the_shuffled_documents(make_corpus, length, align):
             assert row.labels.tolist() == list(labels)
             assert (np.cumsum(row.lengths) - row.lengths).tolist() == starts
             assert row.valid_tokens == sum(label != -100 for label in labels)
-            assert all(start % align == 0 for start in starts if pieces[start][0] == "text")
 
 
 def test_epochs_are_shuffled_and_seeded(make_corpus):
@@ -191,8 +187,6 @@ def test_errors_say_what_to_change(make_corpus):
         Loader([corpus], [1.0], 1000, rows=1, seed=0)
     with pytest.raises(ValueError, match=r"6 rows per step do not divide into 2 ranks x 2 micro-batches; .* of 4 rows"):
         Loader([corpus], [1.0], 16, rows=6, seed=0).batch(0, 0, 2, 2)
-    with pytest.raises(ValueError, match=r"sequence_length=16 is not a multiple of align=5"):
-        Loader([corpus], [1.0], 16, rows=1, seed=0, align=5)
     with pytest.raises(ValueError, match=r"weights \[1, 0\] must be one positive number"):
         Loader([corpus, corpus], [1, 0], 16, rows=1, seed=0)
     with pytest.raises(ValueError, match=r"less than 1 row in 1000"):

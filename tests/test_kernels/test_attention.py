@@ -255,3 +255,21 @@ def test_fused_on_cuda(window, lengths):
     for exact, eager, fused in zip(*results, strict=True):
         scale = (eager.float() - exact).abs().max()
         assert (fused.float() - exact).abs().max() <= 2 * scale + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_a_block_on_cuda(causal, kv_heads):
+    """The flash kernel on half precision against the products in fp32: o, lse, and gradients from a wider softmax's."""
+    shapes = (4, 700), (kv_heads, 700 if causal else 900), (kv_heads, 700 if causal else 900)
+    q, k, v = (torch.randn(2, heads, tokens, 64, device="cuda") for heads, tokens in shapes)
+    do, gap = torch.randn_like(q), 0.5
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        low = [x.to(dtype) for x in (q, k, v)]
+        o, lse = attention_block(*low, 0.125, causal=causal)
+        wider = (o, lse + gap)  # as if other keys had part of the weight
+        results.append([o, lse, *attention_block_backward(do.to(dtype), *low, *wider, 0.125, causal=causal)])
+    for exact, fast in zip(*results, strict=True):
+        assert (fast.float() - exact).abs().max() <= 0.02 * exact.abs().max()
