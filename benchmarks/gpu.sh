@@ -35,6 +35,9 @@ step kernels 330 "${farspan[@]}" bench kernels --rounds 3 --output "$results"
 step decode 45 "${farspan[@]}" bench decode --output "$results"
 step train 45 "${farspan[@]}" bench train --width 1024 --layers 8 --heads 16 --vocabulary 32768 --length 4096 --rows 4 \
     --rounds 5 --output "$results"
+if (($("$python" -c 'import torch; print(torch.cuda.device_count())') > 1)); then
+    step parallel 120 "${farspan[@]}" bench parallel --output "$results"
+fi
 
 echo "results: $results"
 if ((${#failed[@]})); then

@@ -22,6 +22,7 @@ from farspan.eval.memory import peak_bytes
 from farspan.eval.timing import Work, stopwatch
 from farspan.layers import Mixer, Sequence, build
 from farspan.layers.mixer import parse_options
+from farspan.layers.mlp import MLP
 from farspan.parallel import ContextParallel, Mesh, Shard
 from farspan.parallel.comm import all_gather
 from farspan.parallel.layout import LAYOUTS, multiple
@@ -153,19 +154,35 @@ def check(side: Side, protocol: Protocol, length: int) -> Check | None:
 
 
 def weigh(side: Side, protocol: Protocol) -> tuple[Sent, int]:
-    """What this rank sends, and the peak bytes that it holds, in a forward and backward pass."""
+    """What this rank sends in a forward and backward pass of the layer, and the peak bytes that it holds in one of two
+    decoder blocks, whose activations are what has to fall as 1 / ranks.
+    """
     layer, wanted, dy, sequence = _prepared(side, protocol)
-    sent = []
+    with count_traffic() as forward:
+        y = layer(wanted[0], sequence)
+    with count_traffic() as backward:
+        torch.autograd.grad(y, wanted, dy)
+    del y
+    blocks = Blocks(layer, protocol.width).to(protocol.device, protocol.dtype)
+    own = [wanted[0], *blocks.parameters()]
+    peak = peak_bytes(lambda: torch.autograd.grad(blocks(own[0], sequence), own, dy))
+    return Sent(forward.total, backward.total), peak
 
-    def counted() -> None:
-        with count_traffic() as forward:
-            y = layer(wanted[0], sequence)
-        with count_traffic() as backward:
-            torch.autograd.grad(y, wanted, dy)
-        sent.append(Sent(forward.total, backward.total))
 
-    peak = peak_bytes(counted)
-    return sent[0], peak
+class Blocks(nn.Module):
+    """Two decoder blocks that share the layer's weights, each with a feed-forward part of its own."""
+
+    def __init__(self, layer: Layer, width: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+        self.feeds = nn.ModuleList(MLP(width, 4 * width, gated=False) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        for norm, feed in zip(self.norms, self.feeds, strict=True):
+            x = self.layer(x, sequence)
+            x = x + feed(norm(x))
+        return x
 
 
 def timed(side: Side, protocol: Protocol) -> float:

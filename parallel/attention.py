@@ -23,8 +23,9 @@ from farspan.parallel.comm import AsyncGather, Pass, reduce_scatter
 from farspan.parallel.layout import Layout
 from farspan.parallel.mesh import Axis
 
-# Bytes of keys and values that one gather brings: more only where one key head already is more.
-GATHERED_BYTES = 2**25
+# Bytes of keys and values that one gather brings at least, if there are as many. Beyond that it brings no more than the
+# rank's own are, so that memory falls as 1 / ranks, or one key head.
+GATHERED_BYTES = 2**20
 
 Rows = slice
 
@@ -106,20 +107,19 @@ class _Ring(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         axis, do = ctx.axis, do.contiguous()
         dq, moving = torch.zeros(q.shape, dtype=lse.dtype, device=q.device), torch.stack([k, v])
-        gradients = torch.zeros(moving.shape, dtype=lse.dtype, device=q.device)
         returning = None
         for hop in range(axis.size):
             last = hop == axis.size - 1
             under_way = None if last else Pass(moving, axis, name=f"ring pass {hop + 1} of keys, backward")
             source = (axis.rank - hop) % axis.size
             # Added to what the ranks before found for the same keys, which arrives while this is computed.
-            own = torch.zeros_like(gradients)
+            own = torch.zeros(moving.shape, dtype=lse.dtype, device=q.device)
             for rows, part, keys, dk, dv in ctx.attend.backward(do, q, moving[0], moving[1], o, lse, source):
                 dq[:, rows] += part
                 own[0][:, keys] += dk
                 own[1][:, keys] += dv
-            gradients = own if returning is None else own + returning.wait()
-            returning = Pass(gradients, axis, axis.returning, f"ring pass {hop + 1} of key gradients")
+            own = own if returning is None else returning.wait().add_(own)
+            returning = Pass(own, axis, axis.returning, f"ring pass {hop + 1} of key gradients")
             moving = moving if last else under_way.wait()
         dk, dv = returning.wait()
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
@@ -150,17 +150,19 @@ class _Gathered(torch.autograd.Function):
         dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         for queries, keys, values, heads in _gathered_heads(q, k, v, layout, axis):
-            gradients = torch.zeros(2, *keys.shape, dtype=lse.dtype, device=q.device)
+            channels = keys.shape[-1]
+            gradients = torch.zeros(*keys.shape[1:3], 2 * channels, dtype=lse.dtype, device=q.device)
+            dkeys, dvalues = (x[None] for x in gradients.split(channels, dim=-1))
             mine = (x[:, :, queries] for x in (do, q))
             saved = o[:, :, queries], lse[:, :, queries]
             for rows, part, where, dkey, dvalue in ctx.attend.backward(*mine, keys, values, *saved, None):
                 dq[:, rows, queries] += part
-                gradients[0][:, where] += dkey
-                gradients[1][:, where] += dvalue
+                dkeys[:, where] += dkey
+                dvalues[:, where] += dvalue
             if not layout.is_ordered:
-                gradients = gradients.index_select(2, layout.order.to(q.device))
-            parts = gradients.unflatten(2, (axis.size, -1)).movedim(2, 0)  # the part of each rank first
-            dk[:, :, heads], dv[:, :, heads] = reduce_scatter(parts, axis).to(k.dtype)
+                gradients = gradients.index_select(0, layout.order.to(q.device))
+            own = reduce_scatter(gradients.unflatten(0, (axis.size, -1)), axis)
+            dk[0, :, heads], dv[0, :, heads] = own.to(k.dtype).split(channels, dim=-1)
         return dq.to(q.dtype), dk, dv, None, None, None
 
 
@@ -171,15 +173,17 @@ def _gathered_heads(
     next ones gathered while these are used.
     """
     share, heads = q.shape[2] // k.shape[2], k.shape[2]
-    one_head = 2 * axis.size * k[:, :, 0].numel() * k.element_size()
-    few = max(1, min(heads, GATHERED_BYTES // max(1, one_head)))
+    one_head = 2 * axis.size * k[:, :, 0].nbytes
+    few = max(1, min(heads, max(GATHERED_BYTES, k.nbytes + v.nbytes) // max(1, one_head)))
     groups = [slice(first, min(first + few, heads)) for first in range(0, heads, few)]
-    following = AsyncGather(torch.stack([k[:, :, groups[0]], v[:, :, groups[0]]]), axis)
+    following = AsyncGather(torch.cat([k[0, :, groups[0]], v[0, :, groups[0]]], dim=-1), axis)
     for number, group in enumerate(groups):
-        both = following.wait().movedim(0, 2).flatten(2, 3)
+        both = following.wait().flatten(0, 1)
+        following = None  # or it keeps a second copy
         if not layout.is_ordered:
-            both = both.index_select(2, layout.place.to(q.device))
+            both = both.index_select(0, layout.place.to(q.device))
         if number + 1 < len(groups):
             after = groups[number + 1]
-            following = AsyncGather(torch.stack([k[:, :, after], v[:, :, after]]), axis)
-        yield slice(group.start * share, group.stop * share), both[0], both[1], group
+            following = AsyncGather(torch.cat([k[0, :, after], v[0, :, after]], dim=-1), axis)
+        keys, values = (x[None] for x in both.split(k.shape[-1], dim=-1))
+        yield slice(group.start * share, group.stop * share), keys, values, group

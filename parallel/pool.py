@@ -60,11 +60,13 @@ class Pool:
             if not ready:
                 errors[rank] = f"did not answer within {self._timeout:g} s"
                 continue
-            if not pipe.poll():  # forked processes hold each other's pipes: their end does not show here
+            try:
+                # Where it died, the pipe may still be held open by processes that were forked later.
+                failed, value = pickle.loads(pipe.recv_bytes() if pipe in ready or pipe.poll() else b"")
+            except (EOFError, OSError):
                 process.join()
                 errors[rank] = f"died (exit code {process.exitcode})"
                 continue
-            failed, value = pickle.loads(pipe.recv_bytes())
             results.append(value)
             if failed:
                 errors[rank] = value

@@ -61,6 +61,8 @@ class Watch:
         return found
 
     def _find(self, before: dict[int, Any], now: dict[int, Any]) -> str:
+        if self._read(self._rank) is None:  # the store is gone; without a launcher, rank 0 keeps it
+            return f"rank 0 is dead or stopped, and the job's store with it{_said(before.get(0))}"
         dead = [rank for rank, signs in now.items() if signs is None or signs == before[rank]]
         if dead:
             return "; ".join(f"rank {rank} is dead or stopped{_said(now[rank] or before[rank])}" for rank in dead)

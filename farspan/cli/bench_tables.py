@@ -97,7 +97,8 @@ def _told(result: dict[str, Any]) -> Iterator[str]:
     """Lines under the table of `bench parallel`: what the columns mean, and what the numbers do not say."""
     yield ""
     yield "sent: forward / backward; MB by a rank (the mean), B for each of its tokens; formula: of B, forward"
-    yield "x ranks: memory of the rank that holds most, times the ranks, over that of one rank"
+    yield "memory: of two decoder blocks, forward and backward, on the rank that holds most; x ranks: times the ranks,"
+    yield "over that of one rank"
     for ranks, ratio in result["ring_over_rat"].items():
         yield f"on {ranks} ranks, forward, RAT sends {ratio:.3g} times less than ring attention"
     crowded = [str(ranks) for ranks in result["ranks"] if ranks > result["cores"]]
