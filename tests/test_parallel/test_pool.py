@@ -45,7 +45,7 @@ def exit_on(rank):
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_process_that_died_is_told_at_once(rank):
-    """Whichever it is: the ones forked before it hold copies of its pipe, so that only the first one's shows its end."""
+    """Whichever it is: processes forked before it hold copies of its pipe; only the first one's shows its end."""
     pool = Pool(3, timeout=4)
     pool.run(exit_on, None)  # all have met: one that still looks for a dead one cannot answer
     begun = time.monotonic()
