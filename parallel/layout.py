@@ -6,8 +6,7 @@ the same code. All of it is host arithmetic, the same on every rank.
 
     contiguous   rank r holds [r n, (r + 1) n), n = tokens / ranks
     zigzag       the row is cut into 2 R parts; ring slot r holds parts r and 2 R - 1 - r, so that under a causal mask
-    all
-                 slots have the same work; the Ulysses ranks of a slot take equal consecutive runs of its tokens
+                 all slots have the same work; the Ulysses ranks of a slot take equal consecutive runs of its tokens
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def _work(rank: int, ranks: int, port: int, pipe: Any, timeout: float, threads: 
         except (EOFError, OSError):  # the pool was closed
             os._exit(0)
         try:
-            answer = (False, function(*arguments))
+            answer = pickle.dumps((False, function(*arguments)))
         except Exception:
-            answer = (True, traceback.format_exc())
-        pipe.send_bytes(pickle.dumps(answer))
+            answer = pickle.dumps((True, traceback.format_exc()))
+        pipe.send_bytes(answer)

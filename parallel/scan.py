@@ -67,13 +67,19 @@ class _Scan(torch.autograd.Function):
 
 
 def relay(
-    step: Callable[[int, State], tuple[torch.Tensor, State]], first: State, layout: Layout, axis: Axis
+    step: Callable[[int, State], tuple[torch.Tensor, State]],
+    x: torch.Tensor,
+    first: State,
+    layout: Layout,
+    axis: Axis,
 ) -> list[torch.Tensor]:
     """Runs `step` over all segments of the row in order, the state handed from rank to rank; exact and serial.
 
-    step(i, state) -> (output, state after it) for this rank's i-th segment. first: what enters the row's first segment;
-    every state has its shapes and dtypes (ValueError otherwise, before anything is sent). Returns the outputs of this
-    rank's segments; differentiable, also in what `step` closes over. All ranks must use all of their outputs.
+    step(i, state) -> (output, state after it) for this rank's i-th segment. x: what the outputs are made from, e.g. the
+    layer's input: the backward pass sends a state's gradient on its way to x, also where only that of x is asked for.
+    first: what enters the row's first segment; every state has its shapes and dtypes (ValueError otherwise, before
+    anything is sent). Returns the outputs of this rank's segments; differentiable, also in what `step` closes over. All
+    ranks must use all of their outputs.
     """
     order = _in_order(layout)
     outputs: list[torch.Tensor | None] = [None] * len(layout.segments[axis.rank])
@@ -83,7 +89,7 @@ def relay(
             continue
         before = order[position - 1][0] if position else owner
         if before != owner:
-            state = _Receive.apply(before, axis, *(x.detach().requires_grad_() for x in first))
+            state = _Receive.apply(before, axis, x, *(entry.detach() for entry in first))
         output, state = step(index, state)
         _check_same(first, state)
         after = order[position + 1][0] if position + 1 < len(order) else owner
@@ -114,16 +120,16 @@ class _Send(torch.autograd.Function):
 
 class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, before, axis, *like):
+    def forward(ctx, before, axis, x, *like):
         ctx.before, ctx.axis = before, axis
-        return tuple(receive(torch.empty_like(x), before, axis) for x in like)
+        return tuple(receive(torch.empty_like(entry), before, axis) for entry in like)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
         for gradient in gradients:
             send(gradient, ctx.before, ctx.axis)
-        return None, None, *(None for _ in gradients)
+        return None, None, None, *(None for _ in gradients)
 
 
 def _in_order(layout: Layout) -> list[tuple[int, int]]:

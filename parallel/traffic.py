@@ -56,6 +56,10 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self._traffic = traffic
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its whole compiler, to no end but to keep it away from the next method
+
     def __torch_dispatch__(self, operator, types, arguments=(), options=None):
         if operator.namespace == "c10d":
             self._count(operator.overloadpacket.__name__, arguments)

@@ -103,7 +103,8 @@ def _told(result: dict[str, Any]) -> Iterator[str]:
         yield f"on {ranks} ranks, forward, RAT sends {ratio:.3g} times less than ring attention"
     crowded = [str(ranks) for ranks in result["ranks"] if ranks > result["cores"]]
     if crowded and result["protocol"]["device"] == "cpu":
-        yield f"{result['cores']} cores: the times of {', '.join(crowded)} ranks, which share them, are no speed-up"
+        cores, share = ("1 core", "it") if result["cores"] == 1 else (f"{result['cores']} cores", "them")
+        yield f"{cores}: the times of {' and '.join(crowded)} ranks, which share {share}, are no speed-up"
 
 
 def _table(*titles: str) -> Any:

@@ -46,7 +46,7 @@ def exit_on(rank):
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_process_that_died_is_told_at_once(rank):
     """Whichever it is: processes forked before it hold copies of its pipe; only the first one's shows its end."""
-    pool = Pool(3, timeout=4)
+    pool = Pool(3, timeout=20)
     pool.run(exit_on, None)  # all have met: one that still looks for a dead one cannot answer
     begun = time.monotonic()
     try:
@@ -54,7 +54,7 @@ def test_a_process_that_died_is_told_at_once(rank):
             pool.run(exit_on, rank)
     finally:
         pool.close()
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 10
 
 
 def wait_on(rank):
@@ -63,8 +63,8 @@ def wait_on(rank):
 
 
 def test_a_process_that_does_not_answer_is_told_and_ended():
-    pool = Pool(2, timeout=1)
-    with pytest.raises(RuntimeError, match=r"--- rank 1: did not answer within 1 s"):
+    pool = Pool(2, timeout=3)
+    with pytest.raises(RuntimeError, match=r"--- rank 1: did not answer within 3 s"):
         pool.run(wait_on, 1)
     assert not pool.is_open
 

@@ -67,7 +67,7 @@ def test_a_rank_that_hangs_is_named_with_what_it_did_last():
 def quick(monkeypatch):
     """Signs of life every hundredth of a second: one process plays all ranks."""
     monkeypatch.setattr(watch, "_INTERVAL", 0.01)
-    monkeypatch.setattr(watch, "_SILENCE", 0.2)
+    monkeypatch.setattr(watch, "_SILENCE", 0.6)
 
 
 def test_signs_of_life_are_read(quick):
