@@ -153,8 +153,8 @@ class Decoder(DecoderPreTrainedModel):
             raise ValueError(f"the cache has room for {cache.capacity} tokens, {longest} are needed; make a larger one")
         if longest > self.config.max_position_embeddings:
             logger.warning_once(
-                f"a document of {longest} tokens is longer than max_position_embeddings="
-                f"{self.config.max_position_embeddings}, which the model was made for: expect its loss to rise"
+                f"a document is longer than max_position_embeddings={self.config.max_position_embeddings}, which the "
+                "model was made for: expect its loss to rise"  # the same words every time, or it warns every time
             )
         states = [None] * len(self.layers) if cache is None else cache.states
         if packing.rows is not None and cache is not None:

@@ -23,8 +23,16 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> tupl
         on the CPU
 
     A checkpoint's weights are its fp32 master weights. Checkpoints are unpickled: load those of your own runs only.
-    Raises ValueError or OSError in one line that says what is missing.
+    Raises ValueError or OSError in one line that says what is missing, a tokenizer too.
     """
+    model, tokenizer = load_any(name, device, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: it was trained on a task, not on text; see `farspan eval recall`")
+    return model, tokenizer
+
+
+def load_any(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """As `load`, with None for the tokenizer of a model that was trained on a task."""
     import torch
 
     _quiet()
@@ -93,8 +101,12 @@ def _pretrained(name: str, dtype: str) -> tuple[Any, Any]:
 
     import farspan  # noqa: F401 - registers the decoder
 
+    folder = Path(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        if folder.is_dir() and not any(folder.glob("tokenizer*")):
+            return model, None
+        return model, AutoTokenizer.from_pretrained(name)
     except OSError as error:
         if Path(name).exists():
             raise
@@ -118,7 +130,7 @@ def _checkpoint(path: Path, dtype: str) -> tuple[Any, Any]:
             f"{path} is not in checkpoints/ of a run, whose recipe.yaml describes the model; put it back there"
         )
     recipe = load_recipe(recipe_file)
-    tokenizer = load_tokenizer(recipe.tokenizer.path)
+    tokenizer = None if recipe.tokenizer is None else load_tokenizer(recipe.tokenizer.path)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it narrates
         weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag="deepspeed")
     model = DecoderForCausalLM(recipe.decoder_config(tokenizer, weights["model.embed_tokens.weight"].shape[0]))

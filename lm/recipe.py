@@ -160,10 +160,21 @@ class TrainSpec(Section):
         return self
 
 
+class NeedleSpec(Section):
+    """Needles at every validation, see `farspan eval needle`; a heat map of the newest beside the loss."""
+
+    tasks: tuple[str, ...] = ("needle_s1",)
+    lengths: tuple[Positive, ...] | None = None  # default: a half and the whole of batch.sequence_length
+    depths: tuple[Annotated[float, Field(ge=0, le=100)], ...] = (0, 25, 50, 75, 100)
+    samples: Positive = 5
+    protocol: Literal["gen", "tf", "mc"] = "tf"
+
+
 class EvaluationSpec(Section):
     tokens: Positive = 65536  # of the validation split, at each validation
     prompts: tuple[str, ...] = ("def ",)
     sample_tokens: Positive = 64
+    needle: NeedleSpec | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +201,7 @@ class Recipe(Section):
     description: str = ""
     expected: str = "not yet measured"
     seed: int = 0
-    tokenizer: TokenizerSpec
+    tokenizer: TokenizerSpec | None = None  # a task has none
     data: DataSpec
     model: dict[str, Any] = {}
     optimizer: OptimizerSpec = OptimizerSpec()
@@ -204,6 +215,16 @@ class Recipe(Section):
     def rows(self) -> int:
         """Of one optimizer step."""
         return self.batch.tokens // self.batch.sequence_length
+
+    @model_validator(mode="after")
+    def _tokenizer_or_task(self) -> "Recipe":
+        if (self.tokenizer is None) != (self.data.task is not None):
+            raise ValueError(
+                "tokenizer is missing; every recipe with a corpus states it"
+                if self.tokenizer is None
+                else "data.task is made of tokens; leave the tokenizer section out (tokenizer=null)"
+            )
+        return self
 
     def resolve(self, world_size: int) -> Shares:
         """Cuts the batch over `world_size` ranks; ValueError where it does not divide."""
@@ -263,7 +284,8 @@ class Recipe(Section):
         from farspan.lm.config import DecoderConfig
 
         defaults: dict[str, Any] = {"max_position_embeddings": self.batch.sequence_length}
-        if (vocab_size := vocab_size or self.tokenizer.vocab_size) is not None:
+        stated = self.data.task.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        if (vocab_size := vocab_size or stated) is not None:
             defaults["vocab_size"] = vocab_size
         if tokenizer is not None:
             defaults |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -276,6 +298,10 @@ class Recipe(Section):
         values = self.model_dump(mode="json")
         # A source takes no option of another kind, not even at its default.
         values["data"]["sources"] = [source.model_dump(mode="json", exclude_unset=True) for source in self.data.sources]
+        if self.data.task is None:
+            del values["data"]["task"]
+        else:
+            values["data"] = {"task": values["data"]["task"]}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

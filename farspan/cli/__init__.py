@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farspan.cli import bench, chat, data, doctor, export, generate, tokenizer, train
+from farspan.cli import bench, chat, data, doctor, eval, export, generate, tokenizer, train
 
 app = typer.Typer(
     name="farspan",
@@ -20,6 +20,7 @@ for command in (train.train, generate.generate, chat.chat, export.export, doctor
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(bench.app, name="bench")
+app.add_typer(eval.app, name="eval")
 
 
 @app.callback()

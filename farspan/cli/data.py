@@ -46,6 +46,8 @@ def prepare(
         from farspan.lm.recipe import load_recipe
 
         loaded = load_recipe(recipe)
+        if loaded.data.task is not None:
+            raise ValueError(f"{recipe} trains on a task, whose rows are made as they are needed; just train it")
         prepare_corpora(loaded.data, loaded.tokenizer)
         return
     sources = sources_of(text=text, jsonl=jsonl, parquet=parquet, python=python, hub=hub, field=field)

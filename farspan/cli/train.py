@@ -55,6 +55,10 @@ def train(
         loaded.parallelism(processes, processes)
     folder = RunFolder(RUNS, loaded.name)
     inputs = open_inputs(loaded)
+    if loaded.evaluation.needle is not None:
+        from farspan.eval.in_training import needle_specs
+
+        needle_specs(loaded)
     if not launch.is_worker() or os.environ["RANK"] == "0":  # other ranks may already see what rank 0 makes
         folder.check(loaded, inputs, resume)
     summary = folder.summary()
@@ -82,9 +86,11 @@ def _work(recipe: "Recipe", inputs: "Inputs", folder: "RunFolder", processes: in
 
     stop = Stop()  # before anything that takes long
     launch.prepare_process(processes)
+    from farspan.eval.in_training import evaluators
     from farspan.lm.train.loop import train as run
 
-    launch.run_worker(lambda: run(recipe, inputs, folder, stop), folder.path / "logs")
+    own = evaluators(recipe, inputs.tokenizer, folder.path)
+    launch.run_worker(lambda: run(recipe, inputs, folder, stop, own), folder.path / "logs")
 
 
 def _processes(recipe: "Recipe", asked: int | None) -> int:

@@ -67,7 +67,7 @@ class Loader:
             )
         size = self.rows // parts
         first = step * self.rows + rank * accumulation * size
-        return [_pack([self._row(first + micro * size + i) for i in range(size)]) for micro in range(accumulation)]
+        return [pack_rows([self._row(first + micro * size + i) for i in range(size)]) for micro in range(accumulation)]
 
     def valid_tokens(self, step: int) -> int:
         """Labels that are not -100 in the whole step, over all ranks; reads no tokens."""
@@ -113,7 +113,7 @@ def validation_batches(corpus: Corpus, sequence_length: int, rows: int, limit_to
     count = min(max(limit_tokens // sequence_length, 1), stream.rows_per_epoch)
     chosen = np.arange(count) * stream.rows_per_epoch // count
     read = [stream.read(stream.slice(int(row))) for row in chosen]
-    return [_pack(read[i : i + rows]) for i in range(0, count, rows)]
+    return [pack_rows(read[i : i + rows]) for i in range(0, count, rows)]
 
 
 class Mixture:
@@ -156,7 +156,8 @@ class Mixture:
         return block * self.counts + self._before[position]
 
 
-def _pack(rows: list[Row]) -> Batch:
+def pack_rows(rows: list[Row]) -> Batch:
+    """Rows one after the other, ready for the model."""
     return Batch(
         input_ids=torch.from_numpy(np.concatenate([row.tokens for row in rows]))[None],
         shift_labels=torch.from_numpy(np.concatenate([row.labels for row in rows]))[None],

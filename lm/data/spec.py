@@ -71,16 +71,39 @@ class Source(Spec):
         return f"{self.kind} {self.location}"
 
 
+class TaskSpec(Spec):
+    """A synthetic task (`lm/data/tasks.py`), whose rows are made when they are needed.
+
+    vocab_size: tokens. items: pairs to recall, tokens to copy selectively, needles. noise: random tokens between the
+    queries of `recall` (else zeros). power: of the law that the distances of its queries follow
+    """
+
+    name: Literal["recall", "copy", "selective", "permutations", "regression", "needle"]
+    vocab_size: int = Field(default=256, ge=3, le=1_000_000)
+    items: int = Field(default=8, ge=1)
+    noise: bool = False
+    power: float = Field(default=0.01, gt=0)
+
+
 class DataSpec(Spec):
-    """A corpus: where it is prepared, what it is made from, and the share of documents held out.
+    """A corpus: where it is prepared, what it is made from, and the share of documents held out. Or a task.
 
     path: the prepared folder; with weights on several sources it holds one corpus per source
     validation: share of documents, chosen by the hash of their content
     """
 
-    path: str
-    sources: tuple[Source, ...] = Field(min_length=1)
+    path: str | None = None
+    sources: tuple[Source, ...] = ()
     validation: float = Field(default=0.02, ge=0, lt=1)
+    task: TaskSpec | None = None
+
+    @model_validator(mode="after")
+    def _corpus_or_task(self) -> "DataSpec":
+        if self.task is not None and (self.path is not None or self.sources):
+            raise ValueError("data.task is made, not read; leave data.path and data.sources out")
+        if self.task is None and (self.path is None or not self.sources):
+            raise ValueError("data needs a path and at least one source, or a task")
+        return self
 
     @model_validator(mode="after")
     def _all_or_no_weights(self) -> "DataSpec":

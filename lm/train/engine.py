@@ -69,6 +69,13 @@ def init_distributed(device: torch.device, timeout: float) -> None:
     dist.distributed_c10d._set_pg_timeout(limit, groups._clone_world_group())
 
 
+def leave_distributed() -> None:
+    """Undoes `init_distributed`; DeepSpeed forgets its groups with it, so that a process may join again."""
+    import deepspeed
+
+    deepspeed.comm.destroy_process_group()
+
+
 class Engine:
     """A model under DeepSpeed. Call every method on all ranks.
 

@@ -47,7 +47,7 @@ def _vocabulary(recipe: Recipe) -> dict[str, int]:
     """The vocabulary of a ready tokenizer, where neither section of the recipe states its size."""
     from farspan.lm.data.tokenizer import load_tokenizer
 
-    if recipe.tokenizer.vocab_size is not None or "vocab_size" in recipe.model:
+    if recipe.tokenizer is None or recipe.tokenizer.vocab_size is not None or "vocab_size" in recipe.model:
         return {}
     return {"vocab_size": len(load_tokenizer(recipe.tokenizer.path))}
 

@@ -19,7 +19,7 @@ from farspan.lm.data.loader import Batch, Loader
 from farspan.lm.parallelism import Parallelism
 from farspan.lm.recipe import Recipe, Shares
 from farspan.lm.train import checkpoint, faults, schedule
-from farspan.lm.train.engine import Engine, device_of_rank, init_distributed, runs_bf16
+from farspan.lm.train.engine import Engine, device_of_rank, init_distributed, leave_distributed, runs_bf16
 from farspan.lm.train.evaluate import bigram_loss, sample, validation_loss
 from farspan.lm.train.inputs import Inputs
 from farspan.lm.train.launch import local_processes
@@ -50,7 +50,7 @@ def train(recipe: Recipe, inputs: Inputs, folder: RunFolder, stop: Stop, evaluat
         _Run(recipe, inputs, folder, stop, device).go(evaluators)
     finally:
         watch.stop()
-        dist.destroy_process_group()
+        leave_distributed()
 
 
 class _Run:
@@ -209,10 +209,13 @@ class _Run:
         if self.metrics is not None:
             self.metrics.write({"kind": "validation", "step": self.step, "loss": loss, **extra})
             plot_loss(self.folder.path)
-        self.out.say(f"validation at step {self.step}: loss {loss:.4f}")
+        told = [f"{name} {value:.4f}" for name, value in {"loss": loss, **extra}.items()]
+        self.out.say(f"validation at step {self.step}: {', '.join(told)}")
         return loss
 
     def _sample(self) -> list[str]:
+        if self.inputs.tokenizer is None:
+            return []
         evaluation = self.recipe.evaluation
         seed = self.recipe.seed + self.step
         texts = sample(self.engine, self.inputs.tokenizer, evaluation.prompts, evaluation.sample_tokens, seed)
@@ -228,7 +231,8 @@ class _Run:
         weights = self.engine.whole_weights()
         if self.is_main:
             self.engine.model.save_pretrained(self.folder.exported, state_dict=weights)
-            self.inputs.tokenizer.save_pretrained(self.folder.exported)
+            if self.inputs.tokenizer is not None:
+                self.inputs.tokenizer.save_pretrained(self.folder.exported)
         self._wait()
 
     def _save(self) -> None:

@@ -68,7 +68,7 @@ class RunFolder:
         with open(self.path / "command.txt", "a") as file:
             file.write(shlex.join(sys.argv) + "\n")
         self._write(self.path / "environment.json", json.dumps(environment(ranks), indent=2) + "\n")
-        self._write(self._data, json.dumps(_identity(inputs), indent=2) + "\n")
+        self._write(self._data, json.dumps(inputs.identity, indent=2) + "\n")
         self._write(self._recipe, recipe.to_yaml())  # last: a folder with a recipe is a run
 
     def length(self) -> dict[str, Any] | None:
@@ -96,9 +96,9 @@ class RunFolder:
                     f"{self.path} was trained with {key}={before.get(key)}, this recipe has {key}={now.get(key)}; "
                     "set it back to resume, or choose another --name"
                 )
-        trained, found = json.loads(self._data.read_text()), _identity(inputs)
+        trained, found = json.loads(self._data.read_text()), inputs.identity
         for what in found:
-            if trained[what] != found[what]:
+            if trained.get(what) != found[what]:
                 raise ValueError(
                     f"{self.path} was trained with another {what} than is in {recipe.data.path} now; "
                     "prepare the old one again to resume, or choose another --name"
@@ -108,11 +108,6 @@ class RunFolder:
         aside = path.with_name(f".{path.name}.new")
         aside.write_text(text)
         aside.replace(path)
-
-
-def _identity(inputs: Inputs) -> dict[str, Any]:
-    """What a run depends on beside its recipe: by content, whatever the folders are called."""
-    return {"tokenizer": inputs.train[0].tokenizer_hash, "corpus": [corpus.fingerprint for corpus in inputs.train]}
 
 
 def random_state() -> dict[str, Any]:

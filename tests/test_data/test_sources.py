@@ -151,7 +151,7 @@ def test_unknown_package_says_how_to_get_it():
         ),
         (Source, {"text": "a", "colour": 1}, "colour: Extra inputs"),
         (Source, {"text": "a", "weight": 0}, "weight: Input should be greater than 0"),
-        (DataSpec, {"path": "p", "sources": []}, "sources: "),
+        (DataSpec, {"path": "p", "sources": []}, "data needs a path and at least one source, or a task"),
         (
             DataSpec,
             {"path": "p", "sources": [{"text": "a"}], "validation": 1},

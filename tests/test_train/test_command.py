@@ -97,7 +97,7 @@ def test_several_processes_are_one_job(recipe_file, records, tmp_path):
         return subprocess.Popen(call, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True)
 
     job = start(faults=[{"point": "step", "step": 22, "do": "kill", "rank": 1}])
-    _, err = job.communicate(timeout=100)
+    _, err = job.communicate(timeout=200)
     assert job.returncode == 1
     lines = [line for line in err.splitlines() if line.startswith("failed:")]
     assert len(lines) == 1 and "rank 1 died of signal SIGKILL" in lines[0], err
