@@ -1,7 +1,6 @@
 """`farspan eval extrapolation`: the loss of a model at and beyond the length that it was trained at."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
+from farspan.cli.lengths import parse_lengths
 from farspan.lm.console import console
 
 RESULTS = Path("evaluations")
-UNITS = {"": 1, "k": 1024, "m": 1024**2}
 # Of the training length, where no lengths are given.
 DEFAULT_MULTIPLES = (0.25, 0.5, 1, 2, 4, 8)
 
@@ -72,17 +71,6 @@ def extrapolation(
     write_report(output, name, result, shown, picture(result))
     console.print(shown)
     console.print(f"written to {output / name}.json, .txt and .png", style="dim", markup=False, soft_wrap=True)
-
-
-def parse_lengths(given: str) -> tuple[int, ...]:
-    """`1k,4096,1m` -> (1024, 4096, 1048576), ascending, each once. ValueError that names what is no length."""
-    lengths = set()
-    for part in given.lower().split(","):
-        match = re.fullmatch(r"([1-9]\d*)([km]?)", part.strip())
-        if match is None:
-            raise ValueError(f"--lengths {given}: {part.strip()!r} is no length; write numbers such as 4096,16k,1m")
-        lengths.add(int(match[1]) * UNITS[match[2]])
-    return tuple(sorted(lengths))
 
 
 def _of_file(path: Path, tokenizer: Any, protocol: Any) -> Any:

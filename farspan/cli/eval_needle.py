@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from farspan.cli.generate import Model
+from farspan.cli.lengths import parse_lengths
 
 
 def needle(
@@ -62,7 +63,7 @@ def specs_of(
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise ValueError(f"--protocol {unknown[0]} is not one of {', '.join(PROTOCOLS)}")
     changes = {
-        "lengths": tuple(length_of(length) for length in _split(lengths)),
+        "lengths": parse_lengths(lengths),
         "depths": _depths(depths),
         "samples": samples,
         "seed": seed,
@@ -82,15 +83,6 @@ def specs_of(
     return [
         replace(spec, file=str(file), **({"haystack": "file"} if spec.haystack == "prose" else {})) for spec in used
     ]
-
-
-def length_of(text: str) -> int:
-    """4k -> 4096, 1m -> 1,048,576, 512 -> 512. ValueError for anything else."""
-    factor = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
-    digits = text[:-1] if factor > 1 else text
-    if not digits.isdigit() or not int(digits):
-        raise ValueError(f"{text!r} is not a length; write 512, 4k or 1m")
-    return int(digits) * factor
 
 
 def _depths(text: str) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from farspan.cli.eval_extrapolation import parse_lengths
+from farspan.cli.lengths import parse_lengths
 from farspan.eval.extrapolation import Protocol, extrapolate, position_bins, position_rows
 from farspan.eval.held_out import Text, corpus_text, plain_text
 from farspan.eval.memory import peak_bytes
