@@ -120,7 +120,8 @@ def picture(result: dict[str, Any]) -> Any:
         own = [row for row in rows if row["task"]["name"] == task]
         for color, run in zip(COLORS[1:] * 9, dict.fromkeys(row["run"] for row in own), strict=False):
             line = [row for row in own if row["run"] == run]
-            error = [[row["accuracy"] - row["low"] for row in line], [row["high"] - row["accuracy"] for row in line]]
+            ends = [(row["accuracy"] - row["low"], row["high"] - row["accuracy"]) for row in line]
+            error = [[max(0.0, end) for end in side] for side in zip(*ends, strict=True)]  # rounding, at 0 and 1
             label = "-".join(line[0]["mixers"])
             at = [row["length"] for row in line]
             axes.errorbar(at, [r["accuracy"] for r in line], error, fmt="o-", color=color, label=label, capsize=3)

@@ -80,6 +80,7 @@ def test_a_run_is_finished_refused_and_changed(run, command, recipe_file, tmp_pa
     assert command("train", recipe, "--resume", "train.log_every=7")[0] == 0
 
 
+@pytest.mark.timeout(600)
 def test_several_processes_are_one_job(recipe_file, records, tmp_path):
     """The console script with --nproc 2: a dead rank ends it with one line; --resume goes on; SIGTERM saves, exit 0."""
 
@@ -103,7 +104,7 @@ def test_several_processes_are_one_job(recipe_file, records, tmp_path):
     assert len(lines) == 1 and "rank 1 died of signal SIGKILL" in lines[0], err
 
     job = start("--resume", faults=[{"point": "step", "step": 30, "do": "hang", "seconds": 0.5}])
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150  # two starts of three processes, on a machine that may be busy
     while len(records("tiny")) < 30 and time.monotonic() < deadline:
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
