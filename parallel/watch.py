@@ -31,7 +31,7 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self._store, self._rank, self._world = store, rank, world
-        self.begun, self.doing = 0, "starting"
+        self.begun, self.doing, self._heard = 0, "starting", ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._write, name="signs of life", daemon=True)
         self._thread.start()
@@ -51,14 +51,14 @@ class Watch:
         """
         before, deadline = self._read_all(), time.monotonic() + _SILENCE
         while time.monotonic() < deadline:
-            if told := self._told():
-                return told
+            if self._hear():
+                return self._heard
             time.sleep(_INTERVAL / 4)
         found = self._find(before, self._read_all())
-        if found and not self._told():
+        if found and not self._hear():
             self._tell(found)
-            time.sleep(_INTERVAL)  # the store may go with this process
-        return found
+            time.sleep(2.5 * _INTERVAL)  # the store may go with this process: until all threads have heard it
+        return self._heard or found
 
     def _find(self, before: dict[int, Any], now: dict[int, Any]) -> str:
         if self._read(self._rank) is None:  # the store is gone; without a launcher, rank 0 keeps it
@@ -70,10 +70,12 @@ class Watch:
         behind = [rank for rank, signs in now.items() if signs["begun"] == least < self.begun]
         return "; ".join(f"rank {rank} hangs{_said(now[rank])}" for rank in behind)
 
-    def _told(self) -> str:
+    def _hear(self) -> str:
+        """What a rank has found out, remembered: it holds when the store is gone, too."""
         with suppress(Exception):
-            return self._store.get(_VERDICT).decode() if self._store.check([_VERDICT]) else ""
-        return ""
+            if not self._heard and self._store.check([_VERDICT]):
+                self._heard = self._store.get(_VERDICT).decode()
+        return self._heard
 
     def _tell(self, found: str) -> None:
         with suppress(Exception):
@@ -88,6 +90,7 @@ class Watch:
                 self._store.set(f"farspan/alive/{self._rank}", json.dumps(signs))
             except Exception:  # the store is gone, and with it the job
                 return
+            self._hear()
             self._stopped.wait(_INTERVAL)
 
     def _read_all(self) -> dict[int, dict[str, Any] | None]:
