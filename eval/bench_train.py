@@ -9,20 +9,11 @@ import torch
 
 from farspan.eval.memory import peak_bytes
 from farspan.eval.timing import alternate, stopwatch
+from farspan.lm.llama import renamed
 
 PEER = "transformers Llama"
 OURS = "farspan softmax"
 TOLERANCE = 1e-5
-# Parts of parameter names, in the Llama and in the decoder.
-_NAMES = {
-    "input_layernorm": "mixer_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn.q_proj": "mixer.projections.query",
-    "self_attn.k_proj": "mixer.projections.key",
-    "self_attn.v_proj": "mixer.projections.value",
-    "self_attn.o_proj": "mixer.projections.output",
-    "_proj": "",
-}
 _COLORS = ("#4878b0", "#9a9a9a")
 
 
@@ -169,15 +160,9 @@ def _llama(shape: Shape) -> Any:
 def _check(shape: Shape, ids: torch.Tensor) -> float:
     """The difference of the two losses in float32, with the Llama's weights in both."""
     llama, decoder = _llama(shape).to(ids.device), _decoder(shape).to(ids.device)
-    decoder.load_state_dict({_renamed(name): tensor for name, tensor in llama.state_dict().items()})
+    decoder.load_state_dict({renamed(name): tensor for name, tensor in llama.state_dict().items()})
     with torch.no_grad():
         difference = abs(float(_decoder_loss(shape, ids)(decoder)) - float(_llama_loss(ids)(llama)))
     if not difference <= TOLERANCE:
         raise RuntimeError(f"the two models do not compute the same: their losses differ by {difference:.2g}")
     return difference
-
-
-def _renamed(name: str) -> str:
-    for llama, decoder in _NAMES.items():
-        name = name.replace(llama, decoder)
-    return name

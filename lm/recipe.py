@@ -28,6 +28,16 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class StartSpec(Section):
+    """Weights in place of random ones, see `lm/initial.py`; the command line's MODEL.
+
+    trainable: all, qkv (the mixers without what projects their output back) or qkvo (the mixers); the rest is frozen.
+    """
+
+    weights: Annotated[str, Field(min_length=1)]
+    trainable: Literal["all", "qkv", "qkvo"] = "all"
+
+
 class OptimizerSpec(Section):
     """AdamW for everything, or Muon for the hidden matrices with AdamW for embeddings, head and 1-D parameters."""
 
@@ -203,6 +213,7 @@ class Recipe(Section):
     seed: int = 0
     tokenizer: TokenizerSpec | None = None  # a task has none
     data: DataSpec
+    start: StartSpec | None = None  # default: random weights
     model: dict[str, Any] = {}
     optimizer: OptimizerSpec = OptimizerSpec()
     schedule: ScheduleSpec = ScheduleSpec()
@@ -309,7 +320,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     """Reads a recipe with what it extends, applies `key.path=value` overrides and validates all of it.
 
     Raises ValueError, one line that says what to change, for unknown keys (naming the nearest valid ones), values of
-    the wrong type and combinations that cannot work; FileNotFoundError where a file is missing.
+    the wrong type and combinations that cannot work; FileNotFoundError where a file is missing. What a recipe that
+    starts from weights leaves open in `model` is read from their configuration.
     """
     path = Path(path)
     values = _read(path, ())
@@ -321,6 +333,10 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
+    if recipe.start is not None:
+        from farspan.lm.initial import model_fields
+
+        recipe = recipe.model_copy(update={"model": model_fields(recipe)})
     recipe.decoder_config()  # knows which sizes fit together; nothing is allocated
     return recipe
 

@@ -27,6 +27,7 @@ def rope_from_parameters(config: DecoderConfig, parameters: dict[str, Any]) -> R
             return Rope(theta=theta)
         return Rope(frequencies=tuple(theta ** (-i / turning) for i in range(0, turning, 2)))
 
+    import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     if kind not in ROPE_INIT_FUNCTIONS:
@@ -34,7 +35,8 @@ def rope_from_parameters(config: DecoderConfig, parameters: dict[str, Any]) -> R
     length = config.max_position_embeddings
     if kind == "dynamic":
         length = int(length * parameters["factor"])
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](_Scaled(config, parameters), seq_len=length)
+    with torch.device("cpu"):  # they are read, also where a model is made on the meta device
+        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](_Scaled(config, parameters), seq_len=length)
     return Rope(theta=theta, frequencies=tuple(frequencies.tolist()), scale=float(scale))
 
 

@@ -67,6 +67,7 @@ def open_inputs(recipe: Recipe) -> Inputs:
     if asked is not None and asked < train[0].vocab_size:
         raise ValueError(
             f"model.vocab_size={asked} is less than the {train[0].vocab_size} entries of tokenizer "
-            f"{recipe.tokenizer.path}; leave model.vocab_size out"
+            f"{recipe.tokenizer.path}; "
+            + ("leave model.vocab_size out" if recipe.start is None else "use the tokenizer of start.weights")
         )
     return Inputs(train, weights, validation, load_tokenizer(recipe.tokenizer.path))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from farspan.lm import initial
 from farspan.lm.console import console
 from farspan.lm.data.loader import Batch, Loader
 from farspan.lm.parallelism import Parallelism
@@ -70,11 +71,14 @@ class _Run:
         self.step = self.skipped = self.skipped_in_row = 0
         self.loader: Loader = inputs.loader(recipe)
         self.validation = inputs.validation_batches(recipe, self.shares.micro_rows)
+        found = self._newest()
         seed_everything(recipe.seed)  # the same weights on every rank
+        model, started = self._model(resuming=found is not None)
         context = make_context(self.parallelism, recipe.parallel.timeout)
-        self.engine = Engine(build_model(recipe, inputs), recipe, self.shares, device, context)
+        self.engine = Engine(model, recipe, self.shares, device, context)
         seed_everything(recipe.seed + self.rank)
-        resumed = self._resume()
+        if found is not None:
+            self._resume(found)
         self.total = self._decide_length()
         self.out = Reporter(folder.path, self.rank, self.total, self.step)
         self.metrics = (
@@ -84,8 +88,10 @@ class _Run:
             self.metrics.rewind(self.step)
         for line in decisions(recipe, self.shares, self.parallelism, self.engine.model, device, self.total):
             self.out.say(line)
-        if resumed is not None:
-            self.out.say(f"resuming {resumed}: step {self.step} of {self.total}")
+        if started is not None:
+            self.out.say(started)
+        if found is not None:
+            self.out.say(f"resuming {found}: step {self.step} of {self.total}")
         tokens = self.shares.rows_per_replica * recipe.batch.sequence_length // self.shares.context
         self.meter = Meter(self.engine.model, recipe.batch.sequence_length, tokens, device)
 
@@ -261,16 +267,44 @@ class _Run:
         with watch.during("waiting for the main rank"):
             dist.barrier(group=self.patient)
 
-    def _resume(self) -> Path | None:
-        """Loads the newest whole checkpoint, if there is one."""
+    def _model(self, resuming: bool) -> tuple[Any, str | None]:
+        """The model to train, and a line on the weights it starts from, if any. They are there on the main rank; a
+        checkpoint wins over them.
+        """
+        recipe = self.recipe
+        if recipe.start is None:
+            return build_model(recipe, self.inputs), None
+        dtype = torch.bfloat16 if runs_bf16(recipe.parallel, self.device) else torch.float32
+        model = initial.unwritten(recipe.decoder_config(self.inputs.tokenizer, self.inputs.vocab_size), dtype)
+        initial.freeze(model, recipe.start.trainable)
+        if resuming:
+            return model, None
+        outcome: list[Any] = [None, None, {}]
+        if self.is_main:
+            try:
+                outcome[0] = initial.fill(model, recipe.start)
+                outcome[2] = dict(model.named_buffers())  # DeepSpeed gives the parameters alone to the other ranks
+            except (ValueError, OSError) as error:
+                outcome[1] = str(error)
+        with watch.during("waiting for the main rank"):
+            dist.broadcast_object_list(outcome, group=self.patient)
+        line, wrong, buffers = outcome
+        if wrong is not None:
+            raise ValueError(wrong)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        return model, line
+
+    def _newest(self) -> Path | None:
+        """The newest whole checkpoint, if there is one."""
         found: list[Path | None] = [None]
         if self.is_main:
             found[0] = checkpoint.latest(self.folder.checkpoints, lambda line: console.print(line, style="yellow"))
         self._wait()
         dist.broadcast_object_list(found)
-        path = found[0]
-        if path is None:
-            return None
+        return found[0]
+
+    def _resume(self, path: Path) -> None:
         saved_ranks = len(list(path.glob("random-*.pt")))
         if saved_ranks != self.ranks:
             raise ValueError(
@@ -280,7 +314,6 @@ class _Run:
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_row = state["skipped_in_row"]
         set_random_state(torch.load(path / f"random-{self.rank}.pt", weights_only=True))
-        return path
 
     def _decide_length(self) -> int:
         """The number of steps: of the recipe, of this run's first start, or measured now. One dry step at least is
@@ -331,14 +364,16 @@ def decisions(
     recipe: Recipe, shares: Shares, parallelism: Parallelism, model: Any, device: torch.device, total: int
 ) -> list[str]:
     """What was decided and why, for a person."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: the whole, under ZeRO-3
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}  # ds_numel: the whole, under ZeRO-3
+    trained = sum(size for p, size in sizes.items() if p.requires_grad)
     precision = "bf16 with fp32 master weights" if runs_bf16(recipe.parallel, device) else "fp32"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    ranks = shares.replicas * shares.context
+    ranks, parameters = shares.replicas * shares.context, count(sum(sizes.values()))
     lines = [
-        f"{recipe.name}: {count(parameters)} parameters, {precision}, ZeRO {recipe.parallel.zero} on {ranks} x {where}",
+        f"{recipe.name}: {parameters} parameters, {precision}, ZeRO {recipe.parallel.zero} on {ranks} x {where}",
         *([parallelism.reason] if shares.context > 1 else []),
         shares.reason,
+        *([f"{count(trained)} of them are trained (start.trainable={recipe.start.trainable})"] if recipe.start else []),
         f"{total} steps of {recipe.batch.tokens} tokens, {count(total * recipe.batch.tokens)} tokens in all",
     ]
     if recipe.train.minutes is not None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from farspan.lm.environment import environment
+from farspan.lm.initial import check_start
 from farspan.lm.recipe import Recipe
 from farspan.lm.train.inputs import Inputs
 
@@ -45,7 +46,10 @@ class RunFolder:
         self._summary = self.path / "summary.json"
 
     def check(self, recipe: Recipe, inputs: Inputs, resume: bool) -> None:
-        """Raises ValueError or OSError, one line, if the run may not start (or continue) here."""
+        """Raises ValueError or OSError, one line, if the run may not start (or continue) here.
+
+        A new one may not where its model or tokenizer does not fit the weights it starts from.
+        """
         if self._recipe.exists():
             if not resume:
                 raise ValueError(
@@ -55,6 +59,8 @@ class RunFolder:
             return
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} - _BEFORE_RECIPE:
             raise ValueError(f"{self.path} exists and is not a run; choose another --name, or remove it")
+        if recipe.start is not None:
+            check_start(recipe, inputs.tokenizer, inputs.vocab_size)
         parent = next(folder for folder in self.path.absolute().parents if folder.exists())
         writable = self.path if self.path.exists() else parent
         if not writable.is_dir() or not os.access(writable, os.W_OK | os.X_OK):
