@@ -167,9 +167,9 @@ class _Stepper:
 def filled_state(mixer: Mixer, x: torch.Tensor, context: int) -> State:
     """A state of random values with room for `context` tokens, without decoding them.
 
-    x: [batch, 1, width]. One step at the last position makes the mixer reserve the room.
+    x: [batch, 1, width]: the token of one step at the last position, after which the values do not matter.
     """
-    state = mixer.new_state(x.shape[0])
+    state = mixer.new_state(x.shape[0], capacity=context)
     state["position"].fill_(context - 1)
     mixer(x, state=state)
     for value in state.values():

@@ -1,7 +1,8 @@
 """What a rank sends to others in one layer on one document, by formula: one function for each way to share out tokens.
 
 n: tokens of a rank, P: ranks, H and Hk: query and key heads, d: channels of a head, L: chunk, w: window, e: bytes of an
-element, f: those of a gradient that is summed over ranks, in fp32 or wider. Bytes of one rank, in even shares:
+element, f: those of a gradient that is summed over ranks, in fp32 or wider. CCA has Hc heads of cores, groups g and a
+window s. Bytes of one rank, in even shares:
 
                    forward                           backward
     Ulysses        e d n (2 H + 2 H~) (P - 1) / P    the same            H~ = max(Hk, P), key heads with their copies
@@ -9,14 +10,18 @@ element, f: those of a gradient that is summed over ranks, in fp32 or wider. Byt
     ring           e 2 Hk d n (P - 1)                the same, and gradients: f 2 Hk d n P
     halo           e 2 Hk d (w - 1)                  the same            once for each segment that has one before it
     summaries      e 2 H d (n / L) (P - 1)           f 2 H d (n / L) (P - 1)
+    cores          e 2 Hc d (n / g) (P - 1)          f 2 Hc d (n / g) (P - 1)   and a halo of s to s + g - 1 tokens
+    earlier keys   e Hk d n (P - 1)                  the same            contiguous, the mean of the ranks
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from farspan.kernels.cca import prefix_needed
 from farspan.layers.mixer import MixerOptions
 from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.layout import Layout, Segment, make_layout
@@ -53,12 +58,16 @@ def said(mixer: str, sharing: Sharing) -> str:
     """The forward formula in letters, of the bytes for each token of a rank; empty for one rank."""
     if sharing.ring * sharing.ulysses == 1:
         return ""
-    if mixer != "softmax":
-        edges = "(P-1)" if sharing.layout == "contiguous" else "(2P-2)"
-        return {"window": f"2edHk(w-1){edges}/N", "rat": "2edH(P-1)/L"}[mixer]
+    edges = "(P-1)" if sharing.layout == "contiguous" else "(2P-2)"
+    if mixer not in ("softmax", "softplus"):
+        window = f"2edHk(w-1){edges}/N"
+        return {"window": window, "rat": "2edH(P-1)/L", "cca": f"2edHc(P-1)/g + 2edHk s{edges}/N"}[mixer]
+    between = "earlier keys" if mixer == "softplus" else sharing.attention
     if min(sharing.ring, sharing.ulysses) > 1:
-        return f"ulysses + {sharing.attention}"
-    return "ed(2H+2H~)(P-1)/P" if sharing.ulysses > 1 else "2edHk(P-1)"
+        return f"ulysses + {between}"
+    if sharing.ulysses > 1:
+        return "ed(2H+2H~)(P-1)/P"
+    return "edHk(P-1)" if mixer == "softplus" else "2edHk(P-1)"
 
 
 def ulysses(tokens: int, plan: HeadPlan, head_dim: int, dtype: torch.dtype, rank: int) -> Sent:
@@ -87,10 +96,11 @@ def ring(tokens: int, key_heads: int, head_dim: int, dtype: torch.dtype, ranks: 
     return Sent(keys, keys + _summed(dtype) * elements * ranks)
 
 
-def halo(layout: Layout, reach: int, key_heads: int, head_dim: int, dtype: torch.dtype, rank: int) -> Sent:
-    """k, v of the `reach` = w - 1 tokens before every segment to the rank that has it; their gradients back.
-
-    As many as there are where the document has fewer, over several ranks where segments are shorter.
+def halo(
+    layout: Layout, reach: Callable[[int], int], key_heads: int, head_dim: int, dtype: torch.dtype, rank: int
+) -> Sent:
+    """k, v of the tokens before every segment to the rank that has it, over several ranks where segments are shorter;
+    their gradients back. reach: how many, for a segment that starts at a token of the one document.
     """
     row = dtype.itemsize * 2 * key_heads * head_dim
     others = [other for other in range(layout.ranks) if other != rank]
@@ -121,7 +131,11 @@ def _softmax(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
 
 def _window(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
     layout = make_layout(sharing.layout, sharing.tokens, sharing.ring, sharing.ulysses)
-    return halo(layout, options.window - 1, options.kv_heads, options.head_dim, dtype, rank)
+
+    def reach(start: int) -> int:
+        return min(options.window - 1, start)
+
+    return halo(layout, reach, options.kv_heads, options.head_dim, dtype, rank)
 
 
 def _rat(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
@@ -129,7 +143,37 @@ def _rat(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
     return summaries(sharing.tokens // ranks, options.chunk, options.heads, options.head_dim, dtype, ranks)
 
 
-FORMULAS = {"softmax": _softmax, "window": _window, "rat": _rat}
+def _cca(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
+    """The cores like RAT's summaries, and the tokens before each segment that it sees one by one."""
+    ranks = sharing.ring * sharing.ulysses
+    layout = make_layout(sharing.layout, sharing.tokens, sharing.ring, sharing.ulysses)
+    core_heads = options.heads if options.core_heads == "q" and options.pool == "significance" else options.kv_heads
+    cores = summaries(sharing.tokens // ranks, options.group, core_heads, options.head_dim, dtype, ranks)
+
+    def reach(start: int) -> int:
+        return prefix_needed(start, options.group, options.window)
+
+    return cores + halo(layout, reach, options.kv_heads, options.head_dim, dtype, rank)
+
+
+def _softplus(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
+    """Ulysses inside a slot of the ring, then the keys of the rank's heads and of the tokens before its segments."""
+    plan = plan_heads(options.heads, options.kv_heads, sharing.ulysses)
+    inside = rank % sharing.ulysses
+    sent = Sent(0, 0)
+    if sharing.ulysses > 1:
+        sent += ulysses(sharing.tokens // sharing.ring // sharing.ulysses, plan, options.head_dim, dtype, inside)
+    if sharing.ring > 1:
+        layout = make_layout(sharing.layout, sharing.tokens, sharing.ring, 1)
+
+        def reach(start: int) -> int:
+            return start if options.window is None else min(options.window - 1, start)
+
+        sent += halo(layout, reach, _key_heads(plan, inside), options.head_dim, dtype, rank // sharing.ulysses)
+    return sent
+
+
+FORMULAS = {"softmax": _softmax, "window": _window, "rat": _rat, "cca": _cca, "softplus": _softplus}
 
 
 def _summed(dtype: torch.dtype) -> int:
@@ -144,9 +188,9 @@ def _key_heads(plan: HeadPlan, rank: int) -> int:
     return used if evenly else own
 
 
-def _halo_rows(layout: Layout, reach: int, to: int, source: int) -> int:
+def _halo_rows(layout: Layout, reach: Callable[[int], int], to: int, source: int) -> int:
     """Tokens before the segments of `to` that `source` has."""
-    wanted = (Segment(s.start - min(reach, s.start), min(reach, s.start)) for s in layout.segments[to])
+    wanted = (Segment(s.start - reach(s.start), reach(s.start)) for s in layout.segments[to])
     return sum(_overlap(halo, segment) for halo in wanted for segment in layout.segments[source])
 
 

@@ -63,7 +63,7 @@ class Protocol:
             if name not in FORMULAS:
                 raise ValueError(f"mixer {name} has no formula for what it sends; valid: {', '.join(FORMULAS)}")
         most = max(self.ranks)
-        if "softmax" in self.mixers and most > self.heads:
+        if {"softmax", "softplus"} & set(self.mixers) and most > self.heads:
             raise ValueError(f"{self.heads} heads are fewer than {most} ranks, as Ulysses needs; use more heads")
         if self.device.type == "cuda" and most > torch.cuda.device_count():
             raise ValueError(f"{most} ranks need as many CUDA devices, there are {torch.cuda.device_count()}")
@@ -126,13 +126,12 @@ def sides(protocol: Protocol) -> list[Side]:
 def _methods(mixer: str, ranks: int) -> list[Side]:
     if ranks == 1:
         return [Side(mixer, ALONE)]
-    if mixer != "softmax":
-        return [Side(mixer, {"window": "halo", "rat": "summaries"}[mixer], ring=ranks)]
-    found = [
-        Side(mixer, "ulysses", ulysses=ranks),
-        Side(mixer, "gather", ring=ranks),
-        Side(mixer, "ring", ring=ranks, attention="ring"),
-    ]
+    alone = {"window": "halo", "rat": "summaries", "cca": "cores"}
+    if mixer in alone:
+        return [Side(mixer, alone[mixer], ring=ranks)]
+    found = [Side(mixer, "ulysses", ulysses=ranks), Side(mixer, "gather", ring=ranks)]
+    if mixer == "softmax":
+        found.append(Side(mixer, "ring", ring=ranks, attention="ring"))
     if ranks % 2 == 0 and ranks > 2:
         half = ranks // 2
         found.append(Side(mixer, f"2-D, 2 x {half}", 2, half))

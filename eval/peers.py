@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -40,22 +41,31 @@ class Side:
 
 
 def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> list[Side]:
-    """`softmax`, the named mixers, and on CUDA the peers that are installed. ValueError for an unknown mixer."""
+    """`softmax`, the named mixers, and on CUDA the peers that are installed.
+
+    mixers: names, each with options of its own if need be: "softplus:power=0" or "rat:chunk=64:groups=4".
+    ValueError for an unknown mixer or option.
+    """
     shape = {"width": width, "heads": heads}
 
-    def ours(name: str) -> Side:
-        return Side(
-            name,
-            lambda: build(name, **shape),
-            lambda: build(name, **shape, backend="reference"),
-            baseline=name == BASELINE,
-        )
+    def ours(text: str) -> Side:
+        name, options = named_options(text)
+        options = {**shape, **options}
+        parse_options(name, options)
+        define = {**options, "backend": "reference"}
+        return Side(text, lambda: build(name, **options), lambda: build(name, **define), baseline=text == BASELINE)
 
-    names = list(dict.fromkeys([BASELINE, *mixers]))
-    for name in names:
-        parse_options(name, shape)
-    found = [ours(name) for name in names]
+    found = [ours(text) for text in dict.fromkeys([BASELINE, *mixers])]
     return found + (_peers(shape) if device.type == "cuda" else [])
+
+
+def named_options(text: str) -> tuple[str, dict[str, Any]]:
+    """A mixer's name and the options that follow it: "rat:chunk=64" is ("rat", {"chunk": 64}); values are YAML."""
+    name, *pairs = text.split(":")
+    wrong = next((pair for pair in pairs if not pair.partition("=")[2]), None)
+    if wrong is not None:
+        raise ValueError(f"{text!r}: {wrong!r} is no option=value; write them as in rat:chunk=64:groups=4")
+    return name, {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
 def checked(found: list[Side], check: Callable[[Side], Check]) -> tuple[dict[str, Check], dict[str, str]]:

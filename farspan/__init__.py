@@ -22,6 +22,7 @@ __all__ = ["Decoder", "DecoderConfig", "DecoderForCausalLM"]
 _AFTER = {
     "transformers.models.auto.configuration_auto": "farspan.lm.config",
     "transformers.models.auto.modeling_auto": "farspan.lm.decoder",
+    "transformers.modeling_utils": "farspan.lm.attention_interface",
 }
 
 

@@ -98,7 +98,7 @@ class Window(Mixer):
 
     def _ring(self, sequence: Sequence) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         window = self.options.window
-        return sequence.table(("ring", window), lambda: _ring_slots(sequence, window))
+        return sequence.table(("ring", window), lambda: ring_slots(sequence, window))
 
     def _halo(self, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> tuple[tuple[torch.Tensor, ...], ...]:
         """Of a shard, the keys and values before each piece, as far as its first token sees; possibly none.
@@ -155,7 +155,7 @@ class Window(Mixer):
         return self.projections.flops() + 4 * self.options.heads * self.options.head_dim * keys
 
 
-def _ring_slots(sequence: Sequence, window: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+def ring_slots(sequence: Sequence, window: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Tokens to write (None: all), and for each the row and slot: int64 [kept]."""
     if max(sequence.lengths) <= window:
         return None, sequence.document_of_token, sequence.positions % window

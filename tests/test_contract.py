@@ -21,11 +21,18 @@ from farspan.parallel import ContextParallel
 WIDTH, HEADS = 16, 4
 # Options for tests, and a length at which the reference computes no more than the full convention counts.
 SMALL = {
+    "cca": {"kv_heads": 2, "group": 4, "window": 5},
     "rat": {"chunk": 4, "groups": 2},
     "softmax": {"kv_heads": 2},
+    "softplus": {"kv_heads": 2, "power": 15.0},
     "window": {"kv_heads": 2, "window": 5},
 }
-REACH = {"rat": 13, "softmax": 12, "window": 5}
+REACH = {"cca": 8, "rat": 13, "softmax": 12, "softplus": 12, "window": 5}
+
+# How much more than other mixers one makes of a rounding error, where that is its nature. The power of softplus takes
+# 15 times the relative error of a score's excess over its mean: on one rank fp32 is 1.3e-5 from float64 here, and
+# inputs that differ by 1e-7 move float64 by 2.6e-5.
+AMPLIFIES = {"softplus": 20}
 
 TORCH_KERNELS = "its fused form is torch's CUDA flash attention, which has no interpreter"
 EXEMPT = {
@@ -35,7 +42,8 @@ EXEMPT = {
 
 mixers = pytest.mark.parametrize("name", sorted(MIXERS))
 PATTERNS = {name: (name,) for name in sorted(MIXERS)}
-PATTERNS |= {f"{a}-{b}": (a, b) for a, b in itertools.combinations(sorted(MIXERS), 2)}
+# With its neighbour in the alphabet, so that the number of tests grows with the mixers and not with their square.
+PATTERNS |= {f"{a}-{b}": (a, b) for a, b in itertools.pairwise([*sorted(MIXERS), min(MIXERS)])}
 patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 
 RAGGED = (1, 2, 9, 16, 17, 1, 30)
@@ -416,9 +424,10 @@ def test_context_parallel_equals_one(run_distributed, pattern, sizes):
 
 @patterns
 def test_context_parallel_error_does_not_grow_with_the_ranks(run_distributed, pattern):
+    tolerance = 2e-6 * max(AMPLIFIES.get(name, 1) for name in pattern)
     for sizes in MESHES:
         for found in run_distributed(sharded_errors, sizes, pattern, torch.float32, ("ragged",)):
-            assert all(error <= 2e-6 for error in found.values()), found
+            assert all(error <= tolerance for error in found.values()), found
 
 
 def sharded_batch_errors(mesh, pattern):

@@ -17,7 +17,7 @@ MAY = {
     "kernels": {"kernels"},
     "parallel": {"parallel"},
     "layers": {"layers", "kernels", "parallel"},
-    "lm": {"lm", "layers", "parallel"},
+    "lm": {"lm", "layers", "kernels", "parallel"},
     "eval": {"eval", "lm", "layers", "kernels", "parallel"},
 }
 ALLOWED = {"kernels": {"torch", "triton"}, "parallel": {"torch"}, "layers": {"torch"}}

@@ -15,13 +15,14 @@ from farspan.lm.console import console
 
 app = typer.Typer(no_args_is_help=True)
 
-Mixers = Annotated[str, typer.Option(help="Names, separated by commas; softmax is always measured.")]
+Mixers = Annotated[str, typer.Option(help="Names, as in rat:chunk=64,window; softmax is always measured.")]
 Heads = Annotated[int | None, typer.Option(min=1, help="8 on CPU, 16 on CUDA.")]
 Width = Annotated[int | None, typer.Option(min=1, help="512 on CPU, 2048 on CUDA.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the first on CPU, the second on CUDA.")]
 Output = Annotated[Path, typer.Option(help="Folder for the JSON, the table and the picture.")]
 RESULTS = Path("benchmarks/results")
+MIXERS = "softmax,window,rat,cca,softplus:power=0,softplus"
 
 
 @app.callback()
@@ -34,7 +35,7 @@ def group() -> None:
 
 @app.command()
 def kernels(
-    mixers: Mixers = "softmax,window,rat",
+    mixers: Mixers = MIXERS,
     lengths: Annotated[str | None, typer.Option(help="Tokens of a document, separated by commas.")] = None,
     width: Width = None,
     heads: Heads = None,
@@ -83,7 +84,7 @@ def kernels(
 
 @app.command()
 def decode(
-    mixers: Mixers = "softmax,window,rat",
+    mixers: Mixers = MIXERS,
     batch: Annotated[int | None, typer.Option(min=1, help="Rows; 16 on CPU, 512 on CUDA.")] = None,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens seen; 16,384 on CPU, 4096 on CUDA.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps; every side takes each in turn.")] = 50,
@@ -120,7 +121,7 @@ def decode(
 
 @app.command()
 def parallel(
-    mixers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "softmax,window,rat",
+    mixers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "softmax,window,rat,cca,softplus",
     ranks: Annotated[str | None, typer.Option(help="Numbers of processes; 1,2,4, on CUDA as GPUs allow.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the document; 8192 on CPU, 65,536 on CUDA.")] = None,
     width: Width = None,

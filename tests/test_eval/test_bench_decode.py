@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import farspan.layers.window
+from farspan.cli import bench as command
 from farspan.eval import bench_decode
 from farspan.eval.bench_decode import Decoding, check, filled_state
 from farspan.eval.peers import _Attention, _sdpa, sides
@@ -44,7 +45,7 @@ def test_it_writes_what_it_prints(bench, tmp_path):
     result = json.loads((tmp_path / "decode.json").read_text())
     assert result["decoding"]["context"] == 70 and result["command"].startswith("farspan bench decode")
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["softmax", "window", "rat"]
+    assert list(rows) == command.MIXERS.split(",")
     for name, row in rows.items():
         assert row["check"]["passed"] and len(row["seconds"]) == 4 and not row["graph"]
         assert row["state_bytes"] == 3 * (build(name, width=16, heads=2).state_bytes(70) - 8)

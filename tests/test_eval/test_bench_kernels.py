@@ -34,7 +34,7 @@ def off_by(factor, forward=True):
 
 
 def test_it_writes_what_it_prints(bench, tmp_path):
-    status, out, err = bench("kernels", *TINY, "--lengths", "24,60", "--rounds", 2, "--output", tmp_path)
+    status, out, err = bench("kernels", *TINY, "--lengths", "60,96", "--rounds", 2, "--output", tmp_path)
     assert status == 0, out + err
     assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "kernels.txt").read_text()
@@ -44,7 +44,7 @@ def test_it_writes_what_it_prints(bench, tmp_path):
     assert {"commit", "device", "threads"} <= set(result)
     assert result["protocol"]["dtype"] == "float32" and result["protocol"]["device"] == "cpu"
     rows = {(row["name"], row["length"]): row for row in result["rows"]}
-    assert set(rows) == {(name, length) for name in ("softmax", "window", "rat") for length in (24, 60)}
+    assert set(rows) == {(name, length) for name in command.MIXERS.split(",") for length in (60, 96)}
     for (name, length), row in rows.items():
         assert name in table
         assert row["check"]["passed"] and row["checked_tokens"] == length and row["documents"] == 1
@@ -129,6 +129,8 @@ def test_a_peer_that_cannot_run_is_left_out(bench, monkeypatch, tmp_path):
         (["--lengths", "0"], "must be 1 or more"),
         (["--lengths", "48", "--tokens", "100"], "100 tokens per call are no whole number of documents of 48"),
         (["--mixers", "rats"], "unknown mixer 'rats'; did you mean 'rat'?"),
+        (["--mixers", "rat:chunks=4"], "unknown option 'chunks' of mixer rat; did you mean 'chunk'?"),
+        (["--mixers", "rat:chunk"], "'chunk' is no option=value"),
         (["--dtype", "int8"], "--dtype int8 is not one of"),
         (["--device", "tpu"], "--device tpu is not one of"),
         (["--width", "17"], "width=17 is not divisible by heads=2"),

@@ -44,6 +44,12 @@ CASES = [
     ((4, 1), "window", {"heads": 4, "window": 1}, "gather"),
     ((4, 1), "rat", {"heads": 4, "chunk": 4}, "gather"),
     ((2, 1), "rat", {"heads": 6, "groups": 3, "chunk": 2}, "gather"),
+    ((4, 1), "cca", {"heads": 4, "kv_heads": 2, "group": 4, "window": 8}, "gather"),
+    ((2, 2), "cca", {"heads": 4, "kv_heads": 2, "group": 2, "window": 21, "core_heads": "kv"}, "gather"),
+    ((1, 4), "softplus", UNEVEN, "gather"),
+    ((4, 1), "softplus", SHARED, "gather"),
+    ((2, 2), "softplus", UNEVEN, "gather"),
+    ((2, 2), "softplus", {"heads": 4, "window": 9}, "gather"),
 ]
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
+from farspan.kernels.cca import core_attention, pool_groups
 from farspan.kernels.operator import OPERATORS, choose_backend
 from farspan.kernels.rat import rat
 from farspan.kernels.softmax import attention_step, softmax_attention
 from farspan.kernels.softmax import chunked as softmax_chunked
+from farspan.kernels.softplus import softplus_attention
 from farspan.kernels.window import window_attention
 
 RAGGED = (1, 2, 37, 16, 17, 1, 70)
@@ -227,17 +229,24 @@ def test_auto_keeps_float64_exact():
 
 
 @pytest.mark.parametrize(
-    ("name", "function"), [("softmax", softmax_attention), ("window", window_attention), ("rat", rat)]
+    ("name", "functions"),
+    [
+        ("cca", (pool_groups, core_attention)),
+        ("softmax", (softmax_attention,)),
+        ("softplus", (softplus_attention,)),
+        ("window", (window_attention,)),
+        ("rat", (rat,)),
+    ],
 )
-def test_every_operator_declares_its_arguments(name, function):
+def test_every_operator_declares_its_arguments(name, functions):
     declared = OPERATORS[name]
     named = {*declared.per_head, *declared.per_group, *declared.replicated, *declared.per_head_parameters}
     options = {"scale", "return_state", "block", "backend"}
-    assert named == set(signature(function).parameters) - options
+    assert named == {name for function in functions for name in signature(function).parameters} - options
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    assert set(OPERATORS) == {"softmax", "window", "rat"}
+    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat"}
 
 
 @pytest.mark.gpu
