@@ -22,8 +22,6 @@ import triton.language as tl
 from farspan.kernels.softplus.fused_forward import SIZES, key_ranges, load_keys, load_tile, row_scale, seen
 from farspan.kernels.softplus.fused_scores import excess, sigmoid, slopes, softplus
 
-SIZES = (*SIZES, "keys")
-
 
 @triton.jit(do_not_specialize=SIZES)
 def queries_backward_kernel(

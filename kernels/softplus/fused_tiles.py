@@ -10,8 +10,8 @@ import torch
 import triton
 
 from farspan.kernels.compile import POINTERS, Compilation
-from farspan.kernels.softplus.fused_backward import SIZES, keys_backward_kernel, queries_backward_kernel
-from farspan.kernels.softplus.fused_forward import attend_kernel
+from farspan.kernels.softplus.fused_backward import keys_backward_kernel, queries_backward_kernel
+from farspan.kernels.softplus.fused_forward import SIZES, attend_kernel
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ TILES = {
     (2, 90, 64): (Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 1)),
     (2, 90, 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(16, 64, 8, 2)),
     (2, 90, 256): (Tile(64, 64, 8, 1), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
-    (4, 80, 64): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (4, 80, 128): (Tile(32, 32, 8, 1), Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
+    (4, 80, 64): (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    (4, 80, 128): (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 32, 8, 1)),
     (4, 80, 256): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 

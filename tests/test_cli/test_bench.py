@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farspan.eval import bench_train
+from farspan.lm import llama
 from farspan.eval.memory import peak_bytes
 
 TINY = ["--width", 16, "--layers", 1, "--heads", 2, "--vocabulary", 32, "--length", 8, "--rows", 2]
@@ -36,8 +37,8 @@ def test_bench_train_compares_and_writes(farspan, tmp_path):
 
 
 def test_nothing_is_measured_where_the_sides_differ(monkeypatch):
-    monkeypatch.setitem(bench_train._NAMES, "self_attn.q_proj", "mixer.projections.key")
-    monkeypatch.setitem(bench_train._NAMES, "self_attn.k_proj", "mixer.projections.query")
+    monkeypatch.setitem(llama._PARTS, "self_attn.q_proj", "mixer.projections.key")
+    monkeypatch.setitem(llama._PARTS, "self_attn.k_proj", "mixer.projections.query")
     shape = bench_train.Shape(32, 16, 44, 1, 2, 2, 8, 2)
     rounds = iter(range(3))
     with pytest.raises(RuntimeError, match="do not compute the same"):

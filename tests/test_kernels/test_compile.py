@@ -11,24 +11,27 @@ import torch
 from farspan.kernels.compile import Report, compile_report, triton_operators
 
 PROGRAM = """
-import json
+import json, sys
 from dataclasses import asdict
-from farspan.kernels.compile import ARCHITECTURES, compile_report
-print(json.dumps([asdict(report) for arch in ARCHITECTURES for report in compile_report(arch, workers=2)]))
+from farspan.kernels.compile import compile_report
+operator, arch, dim = sys.argv[1:]
+print(json.dumps([asdict(report) for report in compile_report(arch, (int(dim),), operators=(operator,))]))
 """
 
+# A small head on the older and a large one on the newer architecture: the corners that differ most. All four of them:
+# `farspan bench kernels --compile-only --arch sm_80`.
+CORNERS = [("sm_80", 64), ("sm_90", 128)]
 
-def test_every_kernel_compiles_for_every_architecture(tmp_path):
+
+@pytest.mark.parametrize(("arch", "dim"), CORNERS)
+@pytest.mark.parametrize("operator", triton_operators())
+def test_every_kernel_compiles(tmp_path, operator, arch, dim):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", PROGRAM, operator, arch, str(dim)]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     reports = [Report(**report) for report in json.loads(result.stdout)]
-    assert {(r.operator, r.arch, r.head_dim) for r in reports} == {
-        (operator, arch, dim) for operator in triton_operators() for arch in ("sm_80", "sm_90") for dim in (64, 128)
-    }
-    assert any(r.multiplies for r in reports)
+    assert reports and any(r.multiplies for r in reports)
     faults = [f"{r.operator}/{r.kernel} {r.arch} head dim {r.head_dim}: {r.faults}" for r in reports if r.faults]
     assert not faults, "\n".join(faults)
 
