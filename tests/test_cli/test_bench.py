@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from farspan.eval import bench_train
-from farspan.lm import llama
 from farspan.eval.memory import peak_bytes
+from farspan.lm import llama
 
 TINY = ["--width", 16, "--layers", 1, "--heads", 2, "--vocabulary", 32, "--length", 8, "--rows", 2]
 
