@@ -9,7 +9,7 @@ import farspan.layers.window
 from farspan.cli import bench as command
 from farspan.eval import bench_decode
 from farspan.eval.bench_decode import Decoding, check, filled_state
-from farspan.eval.peers import _Attention, _sdpa, sides
+from farspan.eval.peers import _Attention, _sdpa, named_options, sides
 from farspan.layers import MIXERS, build
 from farspan.layers.mixer import parse_options
 
@@ -48,7 +48,8 @@ def test_it_writes_what_it_prints(bench, tmp_path):
     assert list(rows) == command.MIXERS.split(",")
     for name, row in rows.items():
         assert row["check"]["passed"] and len(row["seconds"]) == 4 and not row["graph"]
-        assert row["state_bytes"] == 3 * (build(name, width=16, heads=2).state_bytes(70) - 8)
+        mixer, options = named_options(name)
+        assert row["state_bytes"] == 3 * (build(mixer, width=16, heads=2, **options).state_bytes(70) - 8)
 
 
 def test_numbers_follow_from_the_clock(monkeypatch):
