@@ -50,13 +50,13 @@ class Watch:
         The first rank that finds out tells the others, which might take it for dead itself once it has left.
         """
         before, deadline = self._read_all(), time.monotonic() + _SILENCE
-        while time.monotonic() < deadline:
-            if self._hear():
-                return self._heard
+        while time.monotonic() < deadline and not self._hear():
             time.sleep(_INTERVAL / 4)
-        found = self._find(before, self._read_all())
-        if found and not self._hear():
+        found = self._heard or self._find(before, self._read_all())
+        told = bool(found) and not self._hear()
+        if told:
             self._tell(found)
+        if told or (found and self._rank == 0):  # without a launcher, rank 0 keeps the store
             time.sleep(2.5 * _INTERVAL)  # the store may go with this process: until all threads have heard it
         return self._heard or found
 
