@@ -25,7 +25,32 @@ def test_recipe_is_whole(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("1b3_softmax", 1273.6), ("1b3_rat", 1298.8), ("1b3_rat_window", 1286.2)]
+    ("name", "millions"),
+    [
+        ("1b3_softmax", 1273.6),
+        ("1b3_rat", 1298.8),
+        ("1b3_rat_window", 1286.2),
+        ("1b3_titans_memory", 1293.95),
+        ("1b3_titans_mac", 1294.77),
+        ("1b3_titans_mag", 1300.08),
+        ("1b3_titans_mal", 1300.01),
+        ("titans_170m_memory", 170.62),
+        ("titans_170m_mac", 168.48),
+        ("titans_170m_mag", 171.22),
+        ("titans_170m_mal", 171.20),
+        ("titans_340m_memory", 343.02),
+        ("titans_340m_mac", 341.82),
+        ("titans_340m_mag", 341.01),
+        ("titans_340m_mal", 340.97),
+        ("titans_400m_memory", 409.92),
+        ("titans_400m_mac", 406.01),
+        ("titans_400m_mag", 387.06),
+        ("titans_400m_mal", 387.04),
+        ("titans_760m_memory", 765.50),
+        ("titans_760m_mac", 757.34),
+        ("titans_760m_mag", 756.36),
+        ("titans_760m_mal", 756.31),
+    ],
 )
 def test_published_sizes(name, millions):
     recipe = load_recipe(ROOT / f"recipes/pretrain/{name}.yaml")

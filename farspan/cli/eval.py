@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farspan.cli import eval_extrapolation, eval_needle, eval_recall
+from farspan.cli import eval_extrapolation, eval_needle, eval_recall, eval_regression
 from farspan.cli.generate import Model
 from farspan.lm.console import console
 
@@ -16,6 +16,7 @@ app = typer.Typer(no_args_is_help=True)
 app.command()(eval_needle.needle)
 app.command()(eval_recall.recall)
 app.command()(eval_extrapolation.extrapolation)
+app.command()(eval_regression.regression)
 
 
 @app.callback()

@@ -8,11 +8,13 @@ import torch
 
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
 from farspan.kernels.cca import core_attention, pool_groups
+from farspan.kernels.local_linear import local_linear_attention
 from farspan.kernels.operator import OPERATORS, choose_backend
 from farspan.kernels.rat import rat
 from farspan.kernels.softmax import attention_step, softmax_attention
 from farspan.kernels.softmax import chunked as softmax_chunked
 from farspan.kernels.softplus import softplus_attention
+from farspan.kernels.titans import titans_memory
 from farspan.kernels.window import window_attention
 
 RAGGED = (1, 2, 37, 16, 17, 1, 70)
@@ -236,17 +238,19 @@ def test_auto_keeps_float64_exact():
         ("softplus", (softplus_attention,)),
         ("window", (window_attention,)),
         ("rat", (rat,)),
+        ("titans", (titans_memory,)),
+        ("local_linear", (local_linear_attention,)),
     ],
 )
 def test_every_operator_declares_its_arguments(name, functions):
     declared = OPERATORS[name]
     named = {*declared.per_head, *declared.per_group, *declared.replicated, *declared.per_head_parameters}
-    options = {"scale", "return_state", "block", "backend"}
+    options = {"scale", "return_state", "block", "backend"} - named  # a scale may be a parameter of each head
     assert named == {name for function in functions for name in signature(function).parameters} - options
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat"}
+    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat", "titans", "local_linear"}
 
 
 @pytest.mark.gpu
