@@ -15,8 +15,9 @@ from farspan.kernels.cca.fused_backward import columns_backward_kernel, queries_
 from farspan.kernels.cca.fused_forward import attend_kernel
 from farspan.kernels.cca.fused_plan import Plan, make_plan
 from farspan.kernels.cca.fused_pool import pool_kernel, pool_queries_backward_kernel, pool_rows_backward_kernel
-from farspan.kernels.cca.fused_tiles import ELEMENTS, Launch, architecture, compilations
+from farspan.kernels.cca.fused_tiles import ELEMENTS, Launch, compilations
 from farspan.kernels.cca.pieces import Piece
+from farspan.kernels.launch import architecture, packed, sum_first
 
 __all__ = ["compilations", "core_attention_fused", "pool_fused"]
 
@@ -115,7 +116,7 @@ def _pool_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the evaluators, k, v and pooled_keys (empty where there are none)."""
     inputs, strides = _pool_inputs(evaluator, k, v, pooled_keys)
-    dcore_k, dcore_v = _packed(dcore_k), _packed(dcore_v)
+    dcore_k, dcore_v = packed(dcore_k), packed(dcore_v)
     strides = (*strides, dcore_k.stride(1), dcore_v.stride(1))
     pooled = pooled_keys is not None
     dq, dk, dv = evaluator.new_empty(evaluator.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -142,7 +143,7 @@ def _(dcore_k, dcore_v, evaluator, k, v, pooled_keys, starts, group, scale):
 
 def _pool_inputs(evaluator, k, v, pooled_keys) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """What the pooling kernels read, and its strides; k in place of keys to pool, which are then not read."""
-    inputs = tuple(_packed(x) for x in (evaluator, k, v, k if pooled_keys is None else pooled_keys))
+    inputs = tuple(packed(x) for x in (evaluator, k, v, k if pooled_keys is None else pooled_keys))
     return inputs, tuple(x.stride(1) for x in inputs)
 
 
@@ -260,7 +261,7 @@ class _Call:
         plan = make_plan(tuple(pieces), group, window, q.device)
         heads = (x.shape[2] for x in (q, k, core_k))
         launch = Launch(*heads, q.shape[3], q.element_size(), architecture(q.device))
-        return cls(tuple(_packed(x) for x in (q, k, v, core_k, core_v)), plan, launch, core_bias, scale, parts)
+        return cls(tuple(packed(x) for x in (q, k, v, core_k, core_v)), plan, launch, core_bias, scale, parts)
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -288,13 +289,4 @@ class _Call:
             q, k, v, do, lse, delta, dk, dv, columns.blocks, columns.segments, entries, pairs, rows, tokens,
             group, window, scale, bias if cores else 0.0, k.stride(1), v.stride(1), **self.launch.columns(tile, cores),
         )  # fmt: skip
-        return tuple(_sum_first(x)[None].to(k.dtype) for x in (dk, dv))
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """x [1, T, heads, D], copied only where a token is not one run of memory."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
-
-
-def _sum_first(x: torch.Tensor) -> torch.Tensor:
-    return x[0] if len(x) == 1 else x.sum(0)
+        return tuple(sum_first(x)[None].to(k.dtype) for x in (dk, dv))

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from farspan.kernels.cca.pieces import Piece
+from farspan.kernels.launch import expand
 
 # Programs that keep a device busy: four for each of the 132 multiprocessors of an H100 or H200. A constant, so that
 # sums are split alike, and results the same, on every device.
@@ -60,7 +61,7 @@ class Plan:
         The tiles that see most come first: they take longest.
         """
         d = self._fields
-        piece, tile = _expand(-(-d["length"] // block), torch.zeros_like(d["length"]))
+        piece, tile = expand(-(-d["length"] // block))
         begin = tile * block
         position = d["offset"][piece] + begin
         count = (d["length"][piece] - begin).clamp(max=block)
@@ -80,12 +81,12 @@ class Plan:
         bounds = torch.cat([torch.tensor([0, rows]), first, first + size]).unique()
         blocks = -(-bounds.diff() // block)
         before = torch.cat([torch.zeros(1, dtype=torch.int64), blocks.cumsum(0)])
-        interval, number = _expand(blocks, torch.zeros_like(blocks))
+        interval, number = expand(blocks)
         row = bounds[interval] + number * block
         count = (bounds[interval + 1] - row).clamp(max=block)
 
         begin, end = (before[torch.searchsorted(bounds, x)] for x in (first, first + size))
-        piece, block_number = _expand(end - begin, begin)
+        piece, block_number = expand(end - begin, begin)
         segments = self._segments(cores, piece, row[block_number] - first[piece], count[block_number], query_block)
         segments, seen = segments[:, segments[1] < segments[3]], block_number[segments[1] < segments[3]]
         splits = self._splits(segments, len(row) * heads, query_block)
@@ -146,13 +147,6 @@ def _split(segments: torch.Tensor, block: torch.Tensor, blocks: int, splits: int
     kept = (segments[1] < segments[3]).nonzero()[:, 0]
     order = kept[entry[kept].argsort(stable=True)]
     return segments[:, order], entry[order]
-
-
-def _expand(counts: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For owners with `counts` items numbered from `first`: the owner and the number of every item."""
-    owner = torch.arange(len(counts)).repeat_interleave(counts)
-    number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[owner]
-    return owner, number + first[owner]
 
 
 @lru_cache(maxsize=16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,17 +12,7 @@ from farspan.kernels.cca.fused_backward import columns_backward_kernel, queries_
 from farspan.kernels.cca.fused_forward import SIZES, attend_kernel
 from farspan.kernels.cca.fused_pool import pool_kernel, pool_queries_backward_kernel, pool_rows_backward_kernel
 from farspan.kernels.compile import POINTERS, Compilation
-
-
-@dataclass(frozen=True)
-class Tile:
-    """M queries and N keys or cores at a time, warps, and stages of the pipeline of loads."""
-
-    M: int
-    N: int
-    num_warps: int
-    stages: int
-
+from farspan.kernels.launch import Tile
 
 # (architecture, padded head dim) -> tiles of attend, queries_backward and columns_backward for two-byte elements,
 # chosen by the compiler's report (no spills); not yet tuned on a device. Four-byte elements take half of M and N.
@@ -82,15 +71,6 @@ class Launch:
         n = max(1, elements // (r * self.padded))
         heads = {"CORE_HEADS": self.core_heads, "KEY_HEADS": self.key_heads}
         return {**heads, "DIM": self.dim, "PADDED": self.padded, "N": n, "R": r, "POOLED": pooled, "num_warps": 4}
-
-
-@lru_cache(maxsize=1)
-def architecture(device: torch.device) -> int:
-    """80, 90, ... of a CUDA device; 80 for the interpreter."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 # Types of the kernels' arguments by name, for compilation without tensors; `data` is the dtype of the activations.

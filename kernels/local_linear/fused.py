@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from farspan.kernels.launch import architecture, packed
 from farspan.kernels.local_linear.fused_backward import (
     keys_backward_kernel,
     queries_backward_kernel,
@@ -18,7 +19,7 @@ from farspan.kernels.local_linear.fused_backward import (
 )
 from farspan.kernels.local_linear.fused_forward import output_kernel, solve_kernel
 from farspan.kernels.local_linear.fused_plan import PROGRAMS, Plan, make_plan
-from farspan.kernels.local_linear.fused_tiles import LARGEST, Launch, architecture, compilations
+from farspan.kernels.local_linear.fused_tiles import LARGEST, Launch, compilations
 from farspan.kernels.local_linear.reference import absolute_factor
 
 __all__ = ["backward_pass", "compilations", "forward_pass", "local_linear_fused", "refusal"]
@@ -129,7 +130,7 @@ def backward_pass(
     call = _Call.of(q, k, v, ridge, scale, lengths, prefixes, kernel, ridge_mode, window)
     plan, launch = call.plan, call.launch
     heads, key_heads = q.shape[2], k.shape[2]
-    do, x, lse = _packed(do), x.contiguous(), lse.contiguous()
+    do, x, lse = packed(do), x.contiguous(), lse.contiguous()
 
     pairs, scalars = q.new_empty(4 if launch.split else 2, *q.shape[1:]), ridge.new_empty(5, *q.shape[1:3])
     table = plan.query_table(launch.tiles[1].M)
@@ -206,7 +207,7 @@ class _Call:
         shape = (q.shape[2], k.shape[2], q.shape[3], v.shape[3])
         launch = Launch(*shape, q.element_size(), architecture(q.device), **kinds)
         half = k[0].float().square().sum(-1).T.contiguous() / 2 if kernel == "rbf" else scale  # which is not read
-        return cls(*(_packed(x) for x in (q, k, v)), ridge.contiguous(), scale.contiguous(), half, plan, launch)
+        return cls(*(packed(x) for x in (q, k, v)), ridge.contiguous(), scale.contiguous(), half, plan, launch)
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -230,8 +231,3 @@ class _Call:
         if self.launch.absolute:
             product *= absolute_factor(lse)[0]
         return product.sum(0, keepdim=True)
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """x [1, T, heads, D], copied only where a token is not one run of memory."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()

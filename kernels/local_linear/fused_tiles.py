@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
 from farspan.kernels.compile import POINTERS, Compilation
+from farspan.kernels.launch import Tile
 from farspan.kernels.local_linear.fused_backward import (
     keys_backward_kernel,
     queries_backward_kernel,
@@ -17,17 +17,6 @@ from farspan.kernels.local_linear.fused_backward import (
 )
 from farspan.kernels.local_linear.fused_forward import output_kernel, solve_kernel
 from farspan.kernels.local_linear.fused_solve import LINES, SIZES, VECTORS
-
-
-@dataclass(frozen=True)
-class Tile:
-    """M queries and N keys at a time, warps, and stages of the pipeline of loads."""
-
-    M: int
-    N: int
-    num_warps: int
-    stages: int
-
 
 # (architecture, padded head dim) -> tiles of solve, solve_backward, output, queries_backward and keys_backward, for
 # two-byte elements, chosen by the compiler's report; not yet tuned on a device. Four-byte elements take half of M
@@ -126,15 +115,6 @@ class Launch:
 
 def _padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
-
-
-@lru_cache(maxsize=1)
-def architecture(device: torch.device) -> int:
-    """80, 90, ... of a CUDA device; 80 for the interpreter."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 # Types of the kernels' arguments by name, for compilation without tensors; `data` is the dtype of the activations.

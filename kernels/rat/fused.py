@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from farspan.kernels.launch import architecture, packed, sum_first
 from farspan.kernels.rat import fused_plan
 from farspan.kernels.rat.exchange import run_exchanged
 from farspan.kernels.rat.fused_backward import (
@@ -21,7 +22,7 @@ from farspan.kernels.rat.fused_backward import (
 )
 from farspan.kernels.rat.fused_forward import attend_kernel, carry_kernel, piece_ends_kernel, states_kernel
 from farspan.kernels.rat.fused_plan import PROGRAMS, Plan, make_plan
-from farspan.kernels.rat.fused_tiles import BACKWARD, CARRIED, FORWARD, GATE_ROWS, Launch, architecture, compilations
+from farspan.kernels.rat.fused_tiles import BACKWARD, CARRIED, FORWARD, GATE_ROWS, Launch, compilations
 
 __all__ = ["compilations", "rat_fused"]
 
@@ -130,7 +131,7 @@ def backward_pass(
     plan, launch, tokens = call.plan, call.launch, call.tokens
     turned = call.q if cos is None else turned
     keys, values = call.with_known(before_keys, new_keys), call.with_known(before_values, new_values)
-    dy = _packed(dy)
+    dy = packed(dy)
 
     do, dz, delta = v.new_empty(v.shape), z.new_empty(z.shape), torch.empty_like(lse)
     gate_backward_kernel[(triton.cdiv(tokens * launch.heads, GATE_ROWS),)](
@@ -145,7 +146,7 @@ def backward_pass(
             turned, keys, values, do, lse, delta, dkeys_all, dvalues_all, table, table.shape[1], plan.summaries, tokens,
             chunk, scale, turned.stride(1), **launch.blocks(tile),
         )  # fmt: skip
-    dkeys_all, dvalues_all = _sum_first(dkeys_all), _sum_first(dvalues_all)
+    dkeys_all, dvalues_all = sum_first(dkeys_all), sum_first(dvalues_all)
     for total, new in ((dkeys_all, dkeys), (dvalues_all, dvalues)):
         if new is not None:
             total.index_add_(0, plan.new_index, new.float())
@@ -167,7 +168,7 @@ def backward_pass(
 
     final = dfinal_key.contiguous(), dfinal_value.contiguous()
     dq, dk, dv, dgate, dbias, *drunning = call.states_backward(
-        do, lse, delta, _sum_first(dturned), dkeys_all, dvalues_all, final
+        do, lse, delta, sum_first(dturned), dkeys_all, dvalues_all, final
     )
     dbefore = (x[plan.known_index].to(before_keys.dtype) for x in (dkeys_all, dvalues_all))
     return dq, dk, dv, dgate, dbias, dz, *drunning, *dbefore
@@ -261,7 +262,7 @@ class _Call:
     def of(cls, q, k, v, gate, bias, z, cos, sin, running_key, running_value, lengths, offsets, chunk, scale) -> _Call:
         plan = make_plan(tuple(lengths), tuple(offsets), chunk, fused_plan.PIECE, v.device)
         launch = Launch(v.shape[2], q.shape[2], v.shape[3], v.element_size(), architecture(v.device))
-        q, k, v, gate, z = (_packed(x) for x in (q, k, v, gate, z))
+        q, k, v, gate, z = (packed(x) for x in (q, k, v, gate, z))
         rope = None if cos is None else (cos.contiguous(), sin.contiguous())
         running = running_key.contiguous(), running_value.contiguous()
         return cls(q, k, v, gate, bias.contiguous(), z, rope, running, plan, launch, scale)
@@ -351,14 +352,5 @@ class _Call:
             incoming = tuple(self._carry(product, side, side, reverse=True) for side in outgoing)
         drunning = [torch.zeros_like(x) for x in self.running]
         run(incoming, drunning, gradients=True)
-        dq, dk = (_sum_first(x)[None].to(self.q.dtype) for x in (dq, dk))
+        dq, dk = (sum_first(x)[None].to(self.q.dtype) for x in (dq, dk))
         return dq, dk, dv, dgate, dbias.sum(0).to(self.bias.dtype), *drunning
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """x [1, T, heads, D], copied only where a token is not one run of memory."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
-
-
-def _sum_first(x: torch.Tensor) -> torch.Tensor:
-    return x[0] if len(x) == 1 else x.sum(0)

@@ -11,6 +11,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from farspan.kernels.launch import expand
+
 # A chunk longer than this is scanned in pieces side by side: one loop over it would leave the device idle.
 PIECE = 256
 
@@ -70,14 +72,14 @@ class Plan:
     def known_index(self) -> torch.Tensor:
         """int64: where the earlier summaries lie among all."""
         d = self._documents
-        _, index = _expand(d["before"], d["key"])
+        _, index = expand(d["before"], d["key"])
         return index.to(self.device)
 
     @cached_property
     def new_index(self) -> torch.Tensor:
         """int64: where the new summaries lie among all."""
         d = self._documents
-        _, index = _expand(d["finished"], d["key"] + d["before"])
+        _, index = expand(d["finished"], d["key"] + d["before"])
         return index.to(self.device)
 
     @cached_property
@@ -85,7 +87,7 @@ class Plan:
         """Per row: document, chunk within it, and its first position within the document."""
         d, per_chunk = self._documents, -(-self.chunk // self.slots)
         chunks = (d["offset"] + d["length"] - 1) // self.chunk - d["before"] + 1
-        document, chunk = _expand(chunks * per_chunk, d["before"] * per_chunk)
+        document, chunk = expand(chunks * per_chunk, d["before"] * per_chunk)
         position = (chunk // per_chunk) * self.chunk + (chunk % per_chunk) * self.slots
         end = torch.minimum(position + self.slots, (chunk // per_chunk + 1) * self.chunk)
         last = torch.minimum(end, (d["offset"] + d["length"])[document])
@@ -143,7 +145,7 @@ class Plan:
         The tiles that see most come first: they take longest.
         """
         d = self._documents
-        document, tile = _expand(-(-d["length"] // block), torch.zeros_like(d["length"]))
+        document, tile = expand(-(-d["length"] // block))
         start = tile * block
         position = d["offset"][document] + start
         count = (d["length"][document] - start).clamp(max=block)
@@ -158,7 +160,7 @@ class Plan:
         Where there are few summaries, their queries are split so that the device has enough programs.
         """
         d = self._documents
-        document, tile = _expand(-(-(d["before"] + d["finished"]) // block), torch.zeros_like(d["length"]))
+        document, tile = expand(-(-(d["before"] + d["finished"]) // block))
         index = tile * block
         count = (d["before"] + d["finished"])[document].sub(index).clamp(max=block)
         shift = d["start"][document] - d["offset"][document]  # token = position + shift
@@ -179,13 +181,6 @@ class Plan:
         table = torch.cat(parts, dim=1)
         order = (table[5] - table[3]).argsort(descending=True, stable=True)
         return table[:, order].contiguous().to(self.device), splits
-
-
-def _expand(counts: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For documents with `counts` items numbered from `first`: the document and the number of every item."""
-    document = torch.arange(len(counts)).repeat_interleave(counts)
-    number = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts)[document]
-    return document, number + first[document]
 
 
 @lru_cache(maxsize=16)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
 from farspan.kernels.compile import POINTERS, Compilation
+from farspan.kernels.launch import Tile
 from farspan.kernels.rat.fused_backward import (
     gate_backward_kernel,
     keys_backward_kernel,
@@ -18,17 +18,6 @@ from farspan.kernels.rat.fused_backward import (
 )
 from farspan.kernels.rat.fused_forward import SIZES, attend_kernel, carry_kernel, piece_ends_kernel, states_kernel
 from farspan.kernels.rat.fused_step import step_constants, step_kernel
-
-
-@dataclass(frozen=True)
-class Tile:
-    """M tokens and N summaries at a time, warps, and stages of the pipeline of loads."""
-
-    M: int
-    N: int
-    num_warps: int
-    stages: int
-
 
 # (architecture, padded head dim) -> tiles of attend, keys_backward and queries_backward for two-byte elements, chosen
 # by the compiler's report (no spills); not yet tuned on a device. Four-byte elements take half of M and N.
@@ -105,15 +94,6 @@ class Launch:
     @property
     def gate(self) -> dict[str, int]:
         return {"HEADS": self.heads, "DIM": self.dim, "PADDED": self.padded, "M": GATE_ROWS, "num_warps": 4}
-
-
-@lru_cache(maxsize=1)
-def architecture(device: torch.device) -> int:
-    """80, 90, ... of a CUDA device; 80 for the interpreter."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 # Types of the kernels' arguments by name, for compilation without tensors; `data` is the dtype of the activations.

@@ -11,11 +11,12 @@ from functools import cached_property
 
 import torch
 
+from farspan.kernels.launch import architecture, packed
 from farspan.kernels.softplus.config import Config
 from farspan.kernels.softplus.fused_backward import keys_backward_kernel, queries_backward_kernel
 from farspan.kernels.softplus.fused_forward import attend_kernel
 from farspan.kernels.softplus.fused_plan import key_table, query_table
-from farspan.kernels.softplus.fused_tiles import Launch, architecture, compilations
+from farspan.kernels.softplus.fused_tiles import Launch, compilations
 
 __all__ = ["compilations", "softplus_fused"]
 
@@ -93,7 +94,7 @@ def _fused_backward(
     dead_row: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     call = _Call.of(q, k, v, lengths, prefixes, power, window, free_rows, scale_multiplier, dead_row)
-    do = _packed(do)
+    do = packed(do)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     held = torch.empty_like(rows)
     strides = *call.strides, do.stride(1)
@@ -152,7 +153,7 @@ class _Call:
         arch, windowed = architecture(q.device), window is not None
         launch = Launch(heads, k.shape[2], dim, q.itemsize, arch, power, windowed, dead_row == "zero")
         documents = tuple(lengths), tuple(prefixes), window
-        return cls(_packed(q), _packed(k), _packed(v), documents, launch, free_rows, scale_multiplier * math.log(dim))
+        return cls(packed(q), packed(k), packed(v), documents, launch, free_rows, scale_multiplier * math.log(dim))
 
     @property
     def window(self) -> int:
@@ -176,8 +177,3 @@ def _needs_range(power: float, dtype: torch.dtype) -> bool:
 
 def _row_numbers(power: float, dtype: torch.dtype) -> int:
     return 2 if power or _needs_range(power, dtype) else 1
-
-
-def _packed(x: torch.Tensor) -> torch.Tensor:
-    """x [1, T, heads, D], copied only where a token is not one run of memory."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import torch
 
+from farspan.kernels.launch import expand
+
 
 @lru_cache(maxsize=32)
 def query_table(
@@ -20,7 +22,7 @@ def query_table(
     The tiles that see most come first: they take longest.
     """
     length, prefix, start, key = _documents(lengths, prefixes)
-    document, tile = _expand(-(-length // block))
+    document, tile = expand(-(-length // block))
     first = tile * block
     count = (length[document] - first).clamp(max=block)
     position = prefix[document] + first
@@ -38,7 +40,7 @@ def key_table(
     """
     length, prefix, start, key = _documents(lengths, prefixes)
     total = prefix + length
-    document, tile = _expand(-(-total // block))
+    document, tile = expand(-(-total // block))
     index = tile * block
     count = (total[document] - index).clamp(max=block)
     position = torch.maximum(index, prefix[document])
@@ -56,12 +58,6 @@ def _documents(lengths: tuple[int, ...], prefixes: tuple[int, ...]) -> tuple[tor
     length, prefix = torch.tensor(lengths), torch.tensor(prefixes)
     total = length + prefix
     return length, prefix, length.cumsum(0) - length, total.cumsum(0) - total
-
-
-def _expand(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For documents with `counts` tiles each: the document and the number within it of every tile."""
-    document = torch.arange(len(counts)).repeat_interleave(counts)
-    return document, torch.arange(len(document)) - (counts.cumsum(0) - counts)[document]
 
 
 def _longest_first(table: torch.Tensor, work: torch.Tensor) -> torch.Tensor:

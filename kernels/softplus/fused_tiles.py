@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
 from farspan.kernels.compile import POINTERS, Compilation
+from farspan.kernels.launch import Tile
 from farspan.kernels.softplus.fused_backward import keys_backward_kernel, queries_backward_kernel
 from farspan.kernels.softplus.fused_forward import SIZES, attend_kernel
-
-
-@dataclass(frozen=True)
-class Tile:
-    """M rows and N keys at a time, warps, and stages of the pipeline of loads."""
-
-    M: int
-    N: int
-    num_warps: int
-    stages: int
-
 
 # (bytes per element, architecture, padded head dim) -> tiles of attend, queries_backward and keys_backward, chosen by
 # the compiler's report (no spills); not yet tuned on a device.
@@ -74,15 +63,6 @@ class Launch:
         shape = {"HEADS": self.heads, "GROUPS": self.groups, "DIM": self.dim, "PADDED": self.padded}
         blocks = {"M": tile.M, "N": tile.N, "STAGES": tile.stages, "num_warps": tile.num_warps}
         return {**shape, **blocks, "EXPONENT": self.exponent, "WINDOWED": self.windowed}
-
-
-@lru_cache(maxsize=8)
-def architecture(device: torch.device) -> int:
-    """80, 90, ... of a CUDA device; 80 for the interpreter."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 # Types of the kernels' arguments by name, for compilation without tensors; `data` is the dtype of the activations.

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
+from farspan.kernels.launch import architecture
 from farspan.kernels.titans.chunked import run_blocks
 from farspan.kernels.titans.fused_linear import titans_linear
 from farspan.kernels.titans.fused_mlp import titans_mlp
-from farspan.kernels.titans.fused_tiles import LONGEST, TWO_LAYERS_FROM, WIDEST, architecture, compilations
+from farspan.kernels.titans.fused_tiles import LONGEST, TWO_LAYERS_FROM, WIDEST, compilations
 from farspan.kernels.titans.state import Gates, Memory, MemoryState
 
 __all__ = ["compilations", "titans_fused", "uncovered"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from farspan.kernels.launch import packed
 from farspan.kernels.titans import fused_tiles
 from farspan.kernels.titans.fused_coefficients import (
     coefficients_kernel,
@@ -254,8 +255,3 @@ def mixing_backward(gates, span: Span, launch: Launch, *gradients: torch.Tensor)
                 **launch.constants(kernel), REFRESHED=bool(refreshed),
             )  # fmt: skip
     return partial
-
-
-def packed(x: torch.Tensor) -> torch.Tensor:
-    """x [1, T, heads, D], copied only where a token is not one run of memory."""
-    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
+from farspan.kernels.launch import packed
 from farspan.kernels.titans.fused_coefficients import coefficients_kernel, gates_backward_kernel
-from farspan.kernels.titans.fused_linear import mixing_backward, packed
+from farspan.kernels.titans.fused_linear import mixing_backward
 from farspan.kernels.titans.fused_mlp_backward import mlp_answer_backward_kernel, mlp_scan_backward_kernel
 from farspan.kernels.titans.fused_mlp_forward import mlp_answer_kernel, mlp_scan_kernel
 from farspan.kernels.titans.fused_plan import Group, Span, ending_gradient, make_plan, return_gradient

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 
 from farspan.kernels.compile import POINTERS, Compilation
+from farspan.kernels.launch import architecture
 from farspan.kernels.titans.fused_coefficients import (
     SIZES,
     coefficients_kernel,
@@ -152,15 +152,6 @@ class Launch:
 
 def _shape(v: torch.Tensor) -> tuple[int, int, int, int]:
     return v.shape[2], v.shape[3], v.element_size(), architecture(v.device)
-
-
-@lru_cache(maxsize=1)
-def architecture(device: torch.device) -> int:
-    """80, 90, ... of a CUDA device; 80 for the interpreter."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 # Types of the kernels' arguments by name, for compilation without tensors; `data` is the dtype of the activations.

@@ -10,9 +10,9 @@ import torch
 from farspan.kernels.cca import Piece, chunked, fused, fused_tiles, pool
 from farspan.kernels.cca.fused import core_attention_fused, pool_fused
 from farspan.kernels.cca.fused_plan import Plan
-from farspan.kernels.cca.fused_tiles import Tile
 from farspan.kernels.cca.pieces import check_pieces, prefix_needed
 from farspan.kernels.cca.reference import core_attention_reference, pool_reference, visible
+from farspan.kernels.launch import Tile
 
 ATTENTION = ("o", *(f"gradient of {name}" for name in ("q", "k", "v", "core_k", "core_v")))
 POOL = ("core_k", "core_v", *(f"gradient of {name}" for name in ("q_end", "k", "v", "pooled_keys")))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from farspan.kernels.launch import Tile
 from farspan.kernels.local_linear import fused, fused_plan, fused_tiles, local_linear_attention
 from farspan.kernels.local_linear.fused_plan import Plan
-from farspan.kernels.local_linear.fused_tiles import Tile
 
 # Solved as far as fp32 goes; the rest is rounding of sums over up to 60 keys, and of x, which the ridge magnifies.
 SOLVED = {"solver": "cg", "tolerance": 1e-7, "iterations": 60}

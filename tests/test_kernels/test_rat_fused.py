@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from farspan.kernels.launch import Tile
 from farspan.kernels.rat import RatState, fused, fused_plan, fused_tiles
 from farspan.kernels.rat.chunked import rat_chunked
 from farspan.kernels.rat.fused import rat_fused
 from farspan.kernels.rat.fused_plan import Plan, make_plan
-from farspan.kernels.rat.fused_tiles import Tile
 from farspan.kernels.rat.reference import rat_reference
 from farspan.kernels.rat.step import rat_step
 

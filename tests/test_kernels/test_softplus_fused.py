@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from farspan.kernels.launch import Tile
 from farspan.kernels.softplus import Config, attend, normalise
 from farspan.kernels.softplus import fused_tiles as tiles
 from farspan.kernels.softplus.fused import softplus_fused
 from farspan.kernels.softplus.fused_plan import key_table, query_table
-from farspan.kernels.softplus.fused_tiles import Tile
 
 # fp32 rounding, in the norm of a result or gradient; the power multiplies that of a score's excess over its mean.
 TOLERANCE = 1e-6
