@@ -3,7 +3,8 @@
 The queries of a piece are cut into blocks of about a hundred (`kernels.cca.plan`). A block sees some tokens, of which
 only the edges are masked, and cores, of which only the last are: so many keys for so few queries are where flash
 kernels for CPUs lose half their speed. Its scores lie in buffers for a few heads, one for tokens and one for cores,
-which have their softmax in common.
+which have their softmax in common. Cores that a thousand queries see together go to torch's flash kernel, which is as
+fast as any for so large blocks; what it gives is merged with the rest by their log-sum-exp.
 
     forward   o, lse                     saved: q, k, v, cores, o, lse
     backward  p = exp(s - lse) again, then the products
@@ -21,8 +22,9 @@ from collections.abc import Iterator
 
 import torch
 
+from farspan.kernels.blocks import attention_block, attention_block_backward
 from farspan.kernels.cca.pieces import Piece
-from farspan.kernels.cca.plan import Block, Keys, blocks
+from farspan.kernels.cca.plan import Block, Keys, blocks, far_blocks
 
 LOG2E = math.log2(math.e)
 # Scores that a block holds at once, and the heads that it holds them of at most: few calls count for more than what
@@ -64,14 +66,19 @@ def _attend_forward(
     parts: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns o [1, T, H, D] and lse [H, T] (fp32, float64 for float64; inf for a query that sees nothing)."""
-    o = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+    dtype = q.dtype
     q, k, v, core_k, core_v = _by_head(q, k, v, core_k, core_v)
+    o = q.new_zeros(1, *q.transpose(0, 1).shape)
     out, lse = o[0].transpose(0, 1), torch.full(q.shape[:2], math.inf, dtype=q.dtype, device=q.device)
     work = _Work(q)
     for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
         for heads in _heads(block, len(q), len(k)):
             _attend(work, block, heads, q, k, v, core_k, core_v, scale * LOG2E, core_bias * LOG2E, out, lse)
-    return o, lse
+    for far in far_blocks(pieces, group, window, parts, len(q) // len(k)):
+        far_q, far_k, far_v = q[None, :, far.queries], core_k[None, :, far.cores], core_v[None, :, far.cores]
+        part, own = attention_block(far_q, far_k, far_v, scale)
+        _merge(out[:, far.queries], lse[:, far.queries], part[0], own[0] + core_bias)
+    return o.to(dtype), lse
 
 
 @_attend_forward.register_fake
@@ -97,24 +104,30 @@ def _attend_backward(
     scale: float,
     parts: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    inputs = q, k, v, core_k, core_v
-    q, k, v, core_k, core_v = _by_head(*inputs)
+    dtype = q.dtype
+    q, k, v, core_k, core_v = inputs = _by_head(q, k, v, core_k, core_v)
     do, o = (x[0].transpose(0, 1).to(lse.dtype) for x in (do, o))
-    gradients = [torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in inputs]
-    dq, dk, dv, dcore_k, dcore_v = (x[0].transpose(0, 1) for x in gradients)
-    sides = (
+    dq = torch.zeros_like(q)
+    dk, dv, dcore_k, dcore_v = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in inputs[1:])
+    of_tokens, of_cores = (
         (_with_column(k, 1.0), _with_column(v, 1.0), dk, dv),
-        (
-            *(_with_column(x, 1.0) for x in (core_k, core_v)),
-            dcore_k,
-            dcore_v,
-        ),
+        (_with_column(core_k, 1.0), _with_column(core_v, 1.0), dcore_k, dcore_v),
     )
     work = _Work(q)
     for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
         for heads in _heads(block, len(q), len(k)):
-            _attend_block_backward(work, block, heads, do, q, o, lse, *sides, scale, core_bias * LOG2E, dq)
-    return tuple(gradient.to(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
+            _attend_block_backward(work, block, heads, do, q, o, lse, of_tokens, of_cores, scale, core_bias * LOG2E, dq)
+    for far in far_blocks(pieces, group, window, parts, len(q) // len(k)):
+        far_do, far_q, far_o = (x[None, :, far.queries] for x in (do, q, o))
+        far_k, far_v = (x[None, :, far.cores] for x in (core_k, core_v))
+        shares = attention_block_backward(
+            far_do, far_q, far_k, far_v, far_o, lse[None, :, far.queries] - core_bias, scale
+        )
+        dq[:, far.queries].add_(shares[0][0])
+        dcore_k[..., far.cores].add_(shares[1][0].mT)
+        dcore_v[..., far.cores].add_(shares[2][0].mT)
+    by_row = (dq.transpose(0, 1), *(x.permute(2, 0, 1) for x in (dk, dv, dcore_k, dcore_v)))
+    return tuple(x[None].to(dtype).contiguous() for x in by_row)
 
 
 @_attend_backward.register_fake
@@ -217,15 +230,22 @@ def _attend(work: _Work, block: Block, heads: slice, q, k, v, core_k, core_v, sc
         p = _per_key_head(p, len(values))
         part = torch.bmm(p, values).view(queries.shape)
         out = part if out is None else out.add_(part)
-    o[heads, block.queries] = out.div_(total).to(o.dtype)
+    torch.div(out, total, out=o[heads, block.queries])
     lse[heads, block.queries] = largest.add_(total.log2_()).div_(LOG2E)[..., 0]
+
+
+def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Tensor) -> None:
+    """Makes of o [H, m, D] and lse [H, m] what they are with the keys of `part` and its log-sum-exp `own` added."""
+    both = torch.logaddexp(lse, own)
+    o.mul_((lse - both).exp_()[..., None]).addcmul_(part, (own - both).exp_()[..., None])
+    lse.copy_(both)
 
 
 def _attend_block_backward(
     work: _Work, block: Block, heads: slice, do, q, o, lse, of_tokens, of_cores, scale: float, bias: float, dq
 ) -> None:
     """Adds the block's share to the gradients. of_tokens, of_cores: keys and values with a column of ones, and their
-    gradients.
+    gradients [Hk, D, N], for products that yield many keys are faster than those that yield few channels.
     """
     rows = heads, block.queries
     queries = _with_column(q[rows] * (scale * LOG2E), lse[rows] * -LOG2E)
@@ -237,8 +257,9 @@ def _attend_block_backward(
         shape, read = (*queries.shape[:2], keys.count), keys.rows
         p = _per_key_head(_scores(work.take(name, *shape), keys, queries, k, added).exp2_(), len(k))
         grouped_do, grouped_q = _per_key_head(own_do, len(k)), _per_key_head(queries, len(k))
-        dv[:, read].baddbmm_(p.mT, grouped_do[..., :-1])
+        share = work.take("share", len(k), dv.shape[1], keys.count)
+        dv[..., read].add_(torch.bmm(grouped_do[..., :-1].mT, p, out=share))
         ds = work.take("gradients", *p.shape)
         torch.bmm(grouped_do, v[:, read].mT, out=ds).mul_(p)
-        dk[:, read].baddbmm_(ds.mT, grouped_q[..., :-1], alpha=1 / LOG2E)
+        dk[..., read].add_(torch.bmm(grouped_q[..., :-1].mT, ds, out=share), alpha=1 / LOG2E)
         dq[rows].add_(torch.bmm(ds, k[:, read, :-1]).view(dq[rows].shape), alpha=scale)

@@ -231,6 +231,18 @@ def test_block_sizes_change_nothing(monkeypatch, queries, scores, heads):
         close(got, expected)
 
 
+@pytest.mark.parametrize(("kv_heads", "core_heads"), [(1, "q"), (2, "kv"), (4, "q")])
+def test_cores_that_many_queries_share_are_read_apart(monkeypatch, kv_heads, core_heads):
+    """Blocks of a thousand queries shrunk to 16 that share at least 3 cores: several of them, a rest, two documents."""
+    for name, value in (("QUERIES", 8), ("FAR_QUERIES", 16), ("FAR_CORES", 3)):
+        monkeypatch.setattr(plan, name, value)
+    far = list(plan.far_blocks([97, 0, 0, 0, 0, 53, 0, 0, 97, 24], 4, 7, "both", 4 // kv_heads))
+    assert len(far) >= 3
+    assert far[-1].queries.stop == 150
+    given = tensors(150, 4, kv_heads)
+    both(given, lambda backend: attend(*given, 4, 7, (97, 53), backend, core_heads=core_heads, core_bias=0.7))
+
+
 def test_gradcheck_of_pooling():
     q, k, v = tensors(3, kv_heads=2, head_dim=3)[:1] + tensors(11, kv_heads=2, head_dim=3)[1:]
     pooled = torch.randn_like(k).requires_grad_()
