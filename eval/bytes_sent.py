@@ -12,6 +12,8 @@ window s. Bytes of one rank, in even shares:
     summaries      e 2 H d (n / L) (P - 1)           f 2 H d (n / L) (P - 1)
     cores          e 2 Hc d (n / g) (P - 1)          f 2 Hc d (n / g) (P - 1)   and a halo of s to s + g - 1 tokens
     earlier keys   e Hk d n (P - 1)                  the same            contiguous, the mean of the ranks
+    routing        Ulysses e d n (3 H + Hl) (P - 1) / P, the same; gathered e 2 Hr d n (P - 1), f 2 Hr d n (P - 1),
+                   and a halo for Hl local heads, Hr routing heads
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 
 from farspan.kernels.cca import prefix_needed
 from farspan.layers.mixer import MixerOptions
+from farspan.layers.routing_shard import HeadDeal
 from farspan.parallel.heads import HeadPlan, plan_heads
 from farspan.parallel.layout import Layout, Segment, make_layout
 
@@ -59,6 +62,11 @@ def said(mixer: str, sharing: Sharing) -> str:
     if sharing.ring * sharing.ulysses == 1:
         return ""
     edges = "(P-1)" if sharing.layout == "contiguous" else "(2P-2)"
+    if mixer == "routing":
+        within, between = "ed(3H+Hl)(P-1)/P", f"2edHr(P-1) + 2edHl(w-1){edges}/N"
+        if min(sharing.ring, sharing.ulysses) > 1:
+            return "ulysses + gather"
+        return within if sharing.ulysses > 1 else between
     if mixer not in ("softmax", "softplus"):
         window = f"2edHk(w-1){edges}/N"
         return {"window": window, "rat": "2edH(P-1)/L", "cca": f"2edHc(P-1)/g + 2edHk s{edges}/N"}[mixer]
@@ -173,7 +181,42 @@ def _softplus(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
     return sent
 
 
-FORMULAS = {"softmax": _softmax, "window": _window, "rat": _rat, "cca": _cca, "softplus": _softplus}
+def _routing(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
+    """Ulysses inside a slot of the ring; then queries (which are the keys) and values of the rank's routing heads, from
+    everyone to everyone, and the tokens before its segments for its local heads. In training one number, for the loss.
+    """
+    ranks = sharing.ring * sharing.ulysses
+    deal = HeadDeal.of(options.local_heads, options.routing_heads, sharing.ulysses)
+    inside, slot = rank % sharing.ulysses, sharing.tokens // sharing.ring
+    local, routing = deal.local(inside), len(deal.routing(inside))
+    sent = Sent(torch.promote_types(dtype, torch.float32).itemsize * (ranks - 1) * (options.commitment > 0), 0)
+    if sharing.ulysses > 1:
+        outputs = [len(own) for own in deal.heads]
+        inputs = [2 * len(own) + deal.local(other) for other, own in enumerate(deal.heads)]
+        row = dtype.itemsize * options.head_dim * (slot // sharing.ulysses)
+        others = sharing.ulysses - 1
+        forward = sum(inputs) - inputs[inside] + others * outputs[inside]
+        sent += Sent(row * forward, row * (sum(outputs) - outputs[inside] + others * inputs[inside]))
+    if sharing.ring > 1:
+        layout = make_layout(sharing.layout, sharing.tokens, sharing.ring, 1)
+
+        def reach(start: int) -> int:
+            return min(options.local_window - 1, start)
+
+        elements = 2 * routing * options.head_dim * slot * (sharing.ring - 1)
+        sent += Sent(dtype.itemsize * elements, _summed(dtype) * elements)
+        sent += halo(layout, reach, local, options.head_dim, dtype, rank // sharing.ulysses)
+    return sent
+
+
+FORMULAS = {
+    "softmax": _softmax,
+    "window": _window,
+    "rat": _rat,
+    "cca": _cca,
+    "softplus": _softplus,
+    "routing": _routing,
+}
 
 
 def _summed(dtype: torch.dtype) -> int:

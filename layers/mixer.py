@@ -134,6 +134,10 @@ class Mixer(nn.Module, ABC):
                 "set parallel.context: 1, or parallel.layout"
             )
 
+    @classmethod
+    def check_length(cls, options: MixerOptions, length: int) -> None:
+        """Raise ValueError where a mixer with these options makes no sense on training rows of `length` tokens."""
+
     @abstractmethod
     def new_state(
         self,

@@ -292,6 +292,7 @@ class Recipe(Section):
 
         vocab_size: of the corpus; the recipe's own when None. ValueError where the fields do not fit.
         """
+        from farspan.layers.mixer import mixer_type
         from farspan.lm.config import DecoderConfig
 
         defaults: dict[str, Any] = {"max_position_embeddings": self.batch.sequence_length}
@@ -301,7 +302,10 @@ class Recipe(Section):
         if tokenizer is not None:
             defaults |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         try:
-            return DecoderConfig(**{**defaults, **self.model})
+            config = DecoderConfig(**{**defaults, **self.model})
+            for name, options in config.mixers():
+                mixer_type(name).check_length(options, self.batch.sequence_length)
+            return config
         except (ValueError, TypeError) as error:
             raise ValueError(f"model: {error}") from None
 

@@ -50,6 +50,9 @@ CASES = [
     ((4, 1), "softplus", SHARED, "gather"),
     ((2, 2), "softplus", UNEVEN, "gather"),
     ((2, 2), "softplus", {"heads": 4, "window": 9}, "gather"),
+    ((1, 4), "routing", {"heads": 6, "local_heads": 2, "window": 9}, "gather"),
+    ((4, 1), "routing", {"heads": 4, "local_heads": 1, "window": 9}, "gather"),
+    ((2, 2), "routing", {"heads": 4, "window": 9, "commitment": 0.0}, "gather"),
 ]
 
 

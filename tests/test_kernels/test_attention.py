@@ -8,6 +8,7 @@ import torch
 
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
 from farspan.kernels.cca import core_attention, pool_groups
+from farspan.kernels.interval import interval_attention
 from farspan.kernels.local_linear import local_linear_attention
 from farspan.kernels.operator import OPERATORS, choose_backend
 from farspan.kernels.rat import rat
@@ -234,6 +235,7 @@ def test_auto_keeps_float64_exact():
     ("name", "functions"),
     [
         ("cca", (pool_groups, core_attention)),
+        ("interval", (interval_attention,)),
         ("softmax", (softmax_attention,)),
         ("softplus", (softplus_attention,)),
         ("window", (window_attention,)),
@@ -250,7 +252,7 @@ def test_every_operator_declares_its_arguments(name, functions):
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat", "titans", "local_linear"}
+    assert set(OPERATORS) == {"cca", "interval", "softmax", "softplus", "window", "rat", "titans", "local_linear"}
 
 
 @pytest.mark.gpu
