@@ -6,6 +6,7 @@ from inspect import signature
 import pytest
 import torch
 
+from farspan.kernels.attention_statistics import attention_statistics
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
 from farspan.kernels.cca import core_attention, pool_groups
 from farspan.kernels.local_linear import local_linear_attention
@@ -240,6 +241,7 @@ def test_auto_keeps_float64_exact():
         ("rat", (rat,)),
         ("titans", (titans_memory,)),
         ("local_linear", (local_linear_attention,)),
+        ("attention_statistics", (attention_statistics,)),
     ],
 )
 def test_every_operator_declares_its_arguments(name, functions):
@@ -250,7 +252,8 @@ def test_every_operator_declares_its_arguments(name, functions):
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat", "titans", "local_linear"}
+    names = {"cca", "softmax", "softplus", "window", "rat", "titans", "local_linear", "attention_statistics"}
+    assert set(OPERATORS) == names
 
 
 @pytest.mark.gpu
