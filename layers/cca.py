@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from farspan.kernels.attention_statistics.cca import CoreMap
 from farspan.kernels.cca import CORE_HEADS, POOLS, Piece, core_attention, cores_seen, pool_groups
 from farspan.kernels.cca.step import core_step
 from farspan.layers.attention import Projections
+from farspan.layers.attention_tap import MapWeights, offer
 from farspan.layers.cca_shard import ShardTables
 from farspan.layers.cca_state import CoreCache
 from farspan.layers.mixer import Mixed, Mixer, State, register
@@ -78,6 +80,7 @@ class Cca(Mixer):
         self.theta = nn.Parameter(torch.empty(options.heads)) if options.fusion == "two_softmax" else None
         self.cache = CoreCache(options)
         self.grid = options.group
+        self.attends = options.pool != "max"  # a maximum is no weighted mean of tokens
         self.reset_parameters()
 
     @torch.no_grad()
@@ -101,6 +104,8 @@ class Cca(Mixer):
         if state is None:
             pieces, starts = sequence.table(("cca", *self._sizes), lambda: self._whole(sequence))
             cores = self._pool(q, k, v, starts + self.options.group - 1, starts)
+            if self.attends:
+                offer(self, sequence, state, lambda: self._weights(q, k, cores[0], pieces, starts, sequence))
             return self._attend(q, k, v, *cores, pieces, sequence)
         if sequence.single_tokens:
             return self._step(q, k, v, sequence, state)
@@ -156,6 +161,11 @@ class Cca(Mixer):
             return core_attention(*inputs, core_bias=options.core_bias, backend=options.backend)
         raw, cores = (core_attention(*inputs, parts=parts, backend=options.backend) for parts in ("raw", "cores"))
         return torch.lerp(raw, cores, self._share(sequence).to(raw.dtype))
+
+    def _weights(self, q, k, core_k, pieces, starts, sequence: Sequence) -> MapWeights:
+        share = None if self.theta is None else self._share(sequence)[..., 0]
+        options = {"pool": self.options.pool, "core_bias": self.options.core_bias, "share": share}
+        return MapWeights(CoreMap(q, k, core_k, pieces, starts, *self._sizes, **options), self.options.backend)
 
     def _share(self, sequence: Sequence) -> torch.Tensor:
         """[T, H, 1]: the weight of cores in two_softmax, 0 for tokens that see none."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from farspan.kernels.local_linear import Settings, Statistics, local_linear_attention, local_linear_step
 from farspan.kernels.softmax import write_slots
 from farspan.layers.attention import Projections
+from farspan.layers.attention_tap import SoftmaxWeights, Weights, offer
 from farspan.layers.local_linear_sharding import Operands, sharded_local_linear
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
 from farspan.layers.rotary import Rope, rope_tables, rotate
@@ -122,6 +123,7 @@ class LocalLinear(Window):
         if options.rope is not None:
             tables = rope_tables(sequence, options.rope, options.head_dim, x.dtype)
             q, k = rotate(q, tables), rotate(k, tables)
+        offer(self, sequence, state, lambda: self.weights(q, k, sequence))
         ridge = self.ridge()
         o, statistics = self.core(Operands(q, k, v, ridge, self.scale()), sequence, state)
         if self.output_norm is not None:
@@ -130,6 +132,16 @@ class LocalLinear(Window):
             o = o * torch.sigmoid(self.gate(x)).view(o.shape)
         metrics = {} if statistics is None else self._metrics(statistics, ridge)
         return Mixed(self.projections.merge(o), metrics=metrics)
+
+    def weights(self, q: torch.Tensor, k: torch.Tensor, sequence: Sequence) -> Weights:
+        """The weights of the fit. (Those of its value at the query, which it may give a negative sign, are others.)"""
+        options = self.options
+        if options.kernel == "rbf":  # - k k / 2 in the scores, by a channel more
+            wide = torch.promote_types(k.dtype, torch.float32)
+            q = torch.cat([q.to(wide), q.new_ones(*q.shape[:3], 1, dtype=wide)], dim=-1)
+            k = torch.cat([k.to(wide), k.to(wide).square().sum(-1, keepdim=True) / -2], dim=-1)
+        window, scale = options.window, self.scale()
+        return SoftmaxWeights(q, k, sequence.lengths, window=window, scale=scale, backend=options.backend)
 
     def core(
         self, operands: Operands, sequence: Sequence, state: State | None

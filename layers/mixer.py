@@ -79,7 +79,8 @@ class Mixer(nn.Module, ABC):
 
     A subclass implements `mix`, `new_state`, `state_bytes` and `flops`. For a sequence that is shared out over ranks it
     says by `layouts` for which layouts it has a rule, by `exchanges_heads` whether that rule uses Ulysses ranks, and by
-    `grid` at which multiple of tokens a document must start that an edge of a shard cuts.
+    `grid` at which multiple of tokens a document must start that an edge of a shard cuts. `attends` says that it hands
+    out its effective attention weights (`layers/attention_tap.py`).
     """
 
     name: ClassVar[str]
@@ -87,6 +88,7 @@ class Mixer(nn.Module, ABC):
     layouts: ClassVar[tuple[str, ...]] = ()
     exchanges_heads: ClassVar[bool] = False
     grid: int = 1
+    attends: bool = False
 
     def __init__(self, options: MixerOptions) -> None:
         super().__init__()

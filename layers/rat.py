@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from farspan.kernels.attention_statistics.rat import RecurrentMap
 from farspan.kernels.rat import RatState, rat
 from farspan.kernels.rat.step import rat_step
 from farspan.kernels.softmax import write_slots
+from farspan.layers.attention_tap import MapWeights, offer
 from farspan.layers.mixer import Mixed, Mixer, MixerOptions, State, register
 from farspan.layers.rat_summaries import SummaryExchange, SummaryTables
 from farspan.layers.sequence import Sequence
@@ -51,6 +53,7 @@ class Rat(Mixer):
     """
 
     layouts = LAYOUTS
+    attends = True
     options: RatOptions
 
     def __init__(self, options: RatOptions) -> None:
@@ -88,6 +91,7 @@ class Rat(Mixer):
         options = self.options
         rope = self._rope(sequence, v.dtype) if options.rope == "chunk" else None
         arguments = (q, k, v, gate, self.gate_bias.unflatten(0, (-1, options.head_dim)), z)
+        offer(self, sequence, state, lambda: self._weights(q, k, gate, sequence, rope))
         if sequence.shard is not None:
             return self._on_shard(arguments, rope, sequence, state)
         if state is None:
@@ -107,6 +111,11 @@ class Rat(Mixer):
             state.update(after._asdict())
             return y.transpose(0, 1)
         return self._go_on(arguments, rope, sequence, state)
+
+    def _weights(self, q, k, gate, sequence: Sequence, rope) -> MapWeights:
+        options = self.options
+        bias = self.gate_bias.unflatten(0, (-1, options.head_dim))
+        return MapWeights(RecurrentMap(q, k, gate, bias, sequence.lengths, options.chunk, rope), options.backend)
 
     def _go_on(self, arguments, rope, sequence: Sequence, state: State) -> torch.Tensor:
         """Several tokens of each row after the state's; finished chunks are added to its summaries."""

@@ -8,6 +8,7 @@ import torch
 
 from farspan.kernels.softmax import attention_step, softmax_attention, write_slots
 from farspan.layers.attention import Projections
+from farspan.layers.attention_tap import SoftmaxWeights, offer
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
 from farspan.layers.rotary import Rope
 from farspan.layers.sequence import Sequence
@@ -35,6 +36,7 @@ class Softmax(Mixer):
     """
 
     layouts, exchanges_heads = LAYOUTS, True
+    attends = True
 
     def __init__(self, options: SoftmaxOptions) -> None:
         super().__init__(options)
@@ -42,6 +44,7 @@ class Softmax(Mixer):
 
     def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
         q, k, v = self.projections(x, sequence)
+        offer(self, sequence, state, lambda: SoftmaxWeights(q, k, sequence.lengths, backend=self.options.backend))
         return Mixed(self.projections.merge(self.core(q, k, v, sequence, state)))
 
     def core(

@@ -6,9 +6,11 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from farspan.kernels.attention_statistics.softplus import SoftplusMap
 from farspan.kernels.softmax import write_slots
 from farspan.kernels.softplus import Config, attend, normalise, softplus_step
 from farspan.layers.attention import Projections
+from farspan.layers.attention_tap import MapWeights, Weights
 from farspan.layers.mixer import GroupedOptions, Mixer, State, register
 from farspan.layers.rotary import Rope
 from farspan.layers.sequence import Sequence
@@ -63,6 +65,7 @@ class Softplus(Window):
         Mixer.__init__(self, options)
         self.config = options.config
         self.projections = Projections(options, options.rope)
+        self.attends = options.phi != "gelu"  # whose weights can be negative
 
     def core(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
@@ -90,6 +93,11 @@ class Softplus(Window):
             keys, values = keys[:, :, :used], values[:, :, :used]
         counts = self.config.visible(sequence.positions)
         return softplus_step(q.transpose(0, 1), keys, values, counts, self.config).transpose(0, 1)
+
+    def weights(self, q: torch.Tensor, k: torch.Tensor, sequence: Sequence) -> Weights:
+        if self.config.qk_norm:
+            q, k = normalise(q), normalise(k)
+        return MapWeights(SoftplusMap(q, k, sequence.lengths, self.config), self.options.backend)
 
     def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
         return attend(q, k, v, sequence.lengths, self.config, before, self.options.backend)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from farspan.kernels.titans.state import Gates
+from farspan.layers.attention_tap import SoftmaxWeights, offer
 from farspan.layers.mixer import Mixed, Mixer, State, register
 from farspan.layers.rotary import rope_tables
 from farspan.layers.sequence import Sequence
@@ -15,6 +16,7 @@ from farspan.layers.titans_join import Join
 from farspan.layers.titans_mac import MemoryAsContext
 from farspan.layers.titans_memory import NeuralMemory, Start
 from farspan.layers.titans_options import TitansOptions
+from farspan.layers.titans_pieces import Row
 from farspan.layers.titans_relay import halo, last_rows
 from farspan.layers.titans_shard import final_states, mac_on_shard, memory_on_shard
 from farspan.layers.titans_state import (
@@ -57,6 +59,7 @@ class Titans(Mixer):
         self.window_norm = nn.RMSNorm(options.width, eps=options.eps) if options.variant == "mal" else None
         self.join = Join(options) if options.variant == "mag" else None
         self.context = MemoryAsContext(options) if options.variant == "mac" else None
+        self.attends = options.variant != "memory"
         self.grid = options.segment if options.variant == "mac" else options.refresh
         self._started: tuple[tuple, Start] | None = None
         self.reset_parameters()
@@ -149,6 +152,7 @@ class Titans(Mixer):
             tails = entering_tails(None if state is None else state["read_tail"], before, sequence.offsets)
         asked, tails = part.read_convolution(reads, tails, sequence.lengths)
         row = part.row(layer, x, asked, self._segment_rope(sequence, x.dtype), self._persistent())
+        offer(self, sequence, state, lambda: self._weights(row, sequence))
         if stepping:
             begun = self._begun(state, row.persistent, start, new)
             out, after = part.step(layer, initial, row, begun, sequence.positions)
@@ -171,6 +175,12 @@ class Titans(Mixer):
         if state is not None:
             store(state, {**after, "read_tail": tails})
         return Mixed(out, metrics=memory_metrics(gates, after, options))
+
+    def _weights(self, row: Row, sequence: Sequence) -> SoftmaxWeights:
+        """Of MAC, what a token sees of the tokens of its segment: the other keys are no tokens."""
+        size, lengths = self.options.segment, sequence.lengths
+        pieces = [min(size, length - start) for length in lengths for start in range(0, length, size)]
+        return SoftmaxWeights(row.q[None], row.k[None], lengths, tuple(pieces), backend=self.options.backend)
 
     def _begun(self, state: State, persistent, start: Start, new: torch.Tensor) -> State:
         """The state of MAC with the documents `new` begun: as nobody has seen anything of them."""

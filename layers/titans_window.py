@@ -6,6 +6,7 @@ import torch
 
 from farspan.kernels.softmax import attention_step
 from farspan.kernels.window.prefix import prefix_window_attention
+from farspan.layers.attention_tap import offer
 from farspan.layers.mixer import State
 from farspan.layers.sequence import Sequence
 from farspan.layers.titans_options import TitansOptions
@@ -33,6 +34,7 @@ class PersistentWindow(Window):
         date.
         """
         q, k, v = self.projections(x, sequence)
+        offer(self, sequence, state, lambda: self.weights(q, k, sequence))
         prefix = None
         if rows is not None:
             linears = self.projections.key, self.projections.value

@@ -9,6 +9,7 @@ import torch
 from farspan.kernels.softmax import attention_step, write_slots
 from farspan.kernels.window import window_attention
 from farspan.layers.attention import Projections
+from farspan.layers.attention_tap import SoftmaxWeights, Weights, offer
 from farspan.layers.mixer import Mixed, Mixer, State, register
 from farspan.layers.sequence import Sequence
 from farspan.layers.softmax import SoftmaxOptions
@@ -36,6 +37,7 @@ class Window(Mixer):
     """
 
     layouts = LAYOUTS
+    attends = True
 
     def __init__(self, options: WindowOptions) -> None:
         super().__init__(options)
@@ -43,7 +45,12 @@ class Window(Mixer):
 
     def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
         q, k, v = self.projections(x, sequence)
+        offer(self, sequence, state, lambda: self.weights(q, k, sequence))
         return Mixed(self.projections.merge(self.core(q, k, v, sequence, state)))
+
+    def weights(self, q: torch.Tensor, k: torch.Tensor, sequence: Sequence) -> Weights:
+        """The attention map of q [1, T, H, D] on k [1, T, Hk, D]."""
+        return SoftmaxWeights(q, k, sequence.lengths, window=self.options.window, backend=self.options.backend)
 
     def core(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None

@@ -124,6 +124,8 @@ class Decoder(DecoderPreTrainedModel):
         cu_seqlens: torch.Tensor | None = None,
         context: ContextParallel | None = None,
         packed: bool = False,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
     ) -> DecoderOutput:
         """Hidden states of a batch.
 
@@ -132,7 +134,10 @@ class Decoder(DecoderPreTrainedModel):
         context: shares the row's tokens out over ranks, which all get the same batch and, where a cache is filled, the
         same whole states. A call that continues a cache runs whole on every rank.
         packed: return last_hidden_state as the packed row, [1, tokens, width]; on a context this rank's tokens.
+        output_attentions, return_dict: as peft passes them on; the first is refused, the second always true.
         """
+        if output_attentions or return_dict is False:
+            raise ValueError("there is no attention map in memory to return, and no output but one with named fields")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         given = input_ids if inputs_embeds is None else inputs_embeds

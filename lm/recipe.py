@@ -22,6 +22,7 @@ Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LENGTHS = ("steps", "minutes", "tokens")
+Kind = typing.TypeVar("Kind", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -254,7 +255,7 @@ class Recipe(Section):
             counts = [divisor * context for divisor in _divisors(rows)]
             raise ValueError(
                 f"batch.tokens={self.batch.tokens} is {rows} rows of {length}, which {world_size} processes{shared} do "
-                f"not divide; use batch.tokens={sizes}, or --nproc {_listed(counts)}"
+                f"not divide; use batch.tokens={sizes}, or --nproc {listed(counts)}"
             )
         own = rows // replicas
         most = min((self.batch.rows_per_device or own) * context, own)
@@ -327,22 +328,27 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     the wrong type and combinations that cannot work; FileNotFoundError where a file is missing. What a recipe that
     starts from weights leaves open in `model` is read from their configuration.
     """
-    path = Path(path)
-    values = _read(path, ())
-    for override in overrides:
-        values = _merge(values, _parse_override(override))
-    values.setdefault("name", path.stem)
-    _check_keys(Recipe, values, "")
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(_one_line(error)) from None
+    recipe = read_recipe(Recipe, path, overrides)
     if recipe.start is not None:
         from farspan.lm.initial import model_fields
 
         recipe = recipe.model_copy(update={"model": model_fields(recipe)})
     recipe.decoder_config()  # knows which sizes fit together; nothing is allocated
     return recipe
+
+
+def read_recipe(schema: type[Kind], path: str | Path, overrides: typing.Sequence[str]) -> Kind:
+    """A recipe by any schema, with what it extends and the overrides applied; errors as `load_recipe`."""
+    path = Path(path)
+    values = _read(path, ())
+    for override in overrides:
+        values = _merge(values, _parse_override(override))
+    values.setdefault("name", path.stem)
+    _check_keys(schema, values, "", schema)
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
@@ -393,19 +399,19 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _check_keys(schema: type[BaseModel], values: dict[str, Any], path: str) -> None:
+def _check_keys(schema: type[BaseModel], values: dict[str, Any], path: str, whole: type[BaseModel]) -> None:
     """Unknown keys, before pydantic sees them: its own message does not know what was meant."""
     for key, value in values.items():
         if key not in schema.model_fields:
-            raise ValueError(_unknown_key(schema, str(key), path))
+            raise ValueError(_unknown_key(schema, str(key), path, whole))
         for section in _sections_of(schema.model_fields[key].annotation):
             if isinstance(value, dict):
-                _check_keys(section, value, f"{path}{key}.")
+                _check_keys(section, value, f"{path}{key}.", whole)
 
 
-def _unknown_key(schema: type[BaseModel], key: str, path: str) -> str:
+def _unknown_key(schema: type[BaseModel], key: str, path: str, whole: type[BaseModel]) -> str:
     siblings = [f"{path}{name}" for name in difflib.get_close_matches(key, schema.model_fields, n=3, cutoff=0.5)]
-    elsewhere = [name for name in _all_keys(Recipe, "") if name.split(".")[-1] == key and name not in siblings]
+    elsewhere = [name for name in _all_keys(whole, "") if name.split(".")[-1] == key and name not in siblings]
     nearest = siblings + elsewhere or [f"{path}{name}" for name in schema.model_fields]
     verb = "key is" if len(nearest) == 1 else "keys are"
     return f"unknown key {path}{key}; the nearest valid {verb} {', '.join(nearest)}"
@@ -442,5 +448,5 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _listed(numbers: list[int]) -> str:
+def listed(numbers: list[int]) -> str:
     return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

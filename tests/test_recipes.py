@@ -7,10 +7,12 @@ import torch
 
 from farspan import DecoderForCausalLM
 from farspan.layers import MIXERS
-from farspan.lm.recipe import load_recipe
+from farspan.lm.recipe import load_recipe, read_recipe
+from farspan.lm.rl.spec import RLRecipe
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RL = sorted((ROOT / "recipes/rl").glob("*.yaml"))  # recipes of `farspan rl`, by another schema
+RECIPES = [path for path in sorted((ROOT / "recipes").rglob("*.yaml")) if path not in RL]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
@@ -57,6 +59,14 @@ def test_published_sizes(name, millions):
     with torch.device("meta"):
         model = DecoderForCausalLM(recipe.decoder_config())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=1e-4)
+
+
+@pytest.mark.parametrize("path", RL, ids=lambda path: path.name)
+def test_rl_recipe_is_whole(path, farspan):
+    recipe = read_recipe(RLRecipe, path, ())
+    assert recipe.name == path.stem and recipe.description and recipe.expected
+    status, out, err = farspan("rl", path, "--dry-run", "--nproc", 1)
+    assert status == 0 and recipe.resolve(1).reason.split(":")[0] in out, err
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from farspan.cli import bench, chat, data, doctor, eval, export, generate, tokenizer, train
+from farspan.cli import bench, chat, data, doctor, eval, export, generate, rl, tokenizer, train
 
 app = typer.Typer(
     name="farspan",
@@ -21,6 +21,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(bench.app, name="bench")
 app.add_typer(eval.app, name="eval")
+app.add_typer(rl.app, name="rl")
 
 
 @app.callback()

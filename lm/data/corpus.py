@@ -5,6 +5,7 @@ corpora/python/
   train.bin                  tokens, uint16 (vocabulary up to 65,536) or uint32, one document after the
                                  other, each with its end-of-text token
   train.offsets.npy          int64 [documents + 1]; document d is tokens[offsets[d] : offsets[d + 1]]
+  train.learned.bin          of demonstrations alone: uint8 [tokens], 1 where a token is learned
   validation.bin, validation.offsets.npy
 """
 
@@ -27,6 +28,7 @@ class Corpus:
     tokens: [tokens] uint16 or uint32, memory-mapped
     offsets: [documents + 1] int64, memory-mapped
     lengths: [documents] int64, tokens of each document, at least 1 (its end-of-text token)
+    learned: [tokens] uint8, memory-mapped, 1 for the tokens that carry loss; None where all do
     metadata: the folder's metadata.json
 
     Raises FileNotFoundError where nothing is prepared, ValueError where the split is empty or its files are not as long
@@ -47,6 +49,10 @@ class Corpus:
         _check_size(offset_file(self.directory, split), counts["offsets_file_bytes"])
         self.tokens = np.memmap(token_file(self.directory, split), dtype=dtype, mode="r")
         self.offsets = np.load(offset_file(self.directory, split), mmap_mode="r")
+        self.learned = None
+        if self.metadata.get("demonstrations", False):  # not in folders from before there were any
+            _check_size(learned_file(self.directory, split), counts["tokens"])
+            self.learned = np.memmap(learned_file(self.directory, split), dtype=np.uint8, mode="r")
         if len(self.offsets) != counts["documents"] + 1 or self.offsets[-1] != counts["tokens"]:
             raise ValueError(
                 f"{offset_file(self.directory, split)} does not describe {counts['documents']:,} documents of "
@@ -136,6 +142,10 @@ def token_file(directory: Path, split: str) -> Path:
 
 def offset_file(directory: Path, split: str) -> Path:
     return directory / f"{split}.offsets.npy"
+
+
+def learned_file(directory: Path, split: str) -> Path:
+    return directory / f"{split}.learned.bin"
 
 
 def _check_size(path: Path, expected: int) -> None:

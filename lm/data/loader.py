@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from farspan.lm.data.corpus import Corpus
+from farspan.lm.data.demonstrations import stream_of
 from farspan.lm.data.rows import Row, Stream, random_words
 
 MIXTURE_BLOCK = 1000
@@ -54,7 +55,7 @@ class Loader:
         for corpus in corpora:
             corpus.check_tokenizer(corpora[0].tokenizer_hash, f"of {corpora[0].directory}")
         self.rows = rows
-        self._streams = [Stream(corpus, sequence_length, (seed, i)) for i, corpus in enumerate(corpora)]
+        self._streams = [stream_of(corpus, sequence_length, (seed, i)) for i, corpus in enumerate(corpora)]
         self._mixture = Mixture(weights, seed)
 
     def batch(self, step: int, rank: int = 0, ranks: int = 1, accumulation: int = 1) -> list[Batch]:
@@ -109,7 +110,8 @@ def validation_batches(corpus: Corpus, sequence_length: int, rows: int, limit_to
     limit_tokens: at most so many tokens (at least one row); the last batch may have fewer rows than `rows`. A corpus
     shorter than one row gives one shorter row.
     """
-    stream = Stream(corpus, min(sequence_length, len(corpus.tokens)), seed=None)
+    whole = corpus.learned is not None  # a row of demonstrations has padding, a shorter one might hold none of them
+    stream = stream_of(corpus, sequence_length if whole else min(sequence_length, len(corpus.tokens)), seed=None)
     count = min(max(limit_tokens // sequence_length, 1), stream.rows_per_epoch)
     chosen = np.arange(count) * stream.rows_per_epoch // count
     read = [stream.read(stream.slice(int(row))) for row in chosen]

@@ -20,7 +20,17 @@ import numpy as np
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from farspan.lm.console import console
-from farspan.lm.data.corpus import FORMAT, METADATA, SPLITS, corpus_parts, offset_file, read_metadata, token_file
+from farspan.lm.data.corpus import (
+    FORMAT,
+    METADATA,
+    SPLITS,
+    corpus_parts,
+    learned_file,
+    offset_file,
+    read_metadata,
+    token_file,
+)
+from farspan.lm.data.demonstrations import demonstration_encoder
 from farspan.lm.data.sources import distinct, divide, documents, size_in_bytes
 from farspan.lm.data.spec import DataSpec, Source, TokenizerSpec
 from farspan.lm.data.tokenizer import load_tokenizer, text_encoder, tokenizer_hash, train_tokenizer
@@ -57,6 +67,7 @@ def prepare(data: DataSpec, tokenizer: TokenizerSpec, progress: bool = True) -> 
         | {"python": platform.python_version()},
     }
     encode = text_encoder(loaded)
+    encode_answers = demonstration_encoder(loaded, encode)
     seen: set[bytes] = set()
     for folder, sources in parts:
         began = time.perf_counter()
@@ -64,9 +75,10 @@ def prepare(data: DataSpec, tokenizer: TokenizerSpec, progress: bool = True) -> 
             "recipe_hash": recipe_hash,
             "sources": [source.model_dump(exclude_defaults=True, exclude={"weight"}) for source in sources],
             "validation": data.validation,
+            "demonstrations": sources[0].is_demonstrations,
         }
         texts = _tracked(_divided(sources, data.validation, seen), sources, str(folder), progress)
-        metadata = _write(folder, texts, encode, metadata)
+        metadata = _write(folder, texts, encode_answers if sources[0].is_demonstrations else encode, metadata)
         seconds = time.perf_counter() - began
         _say(f"{folder}: {_summary(metadata)}, {seconds:.1f} s, {_text_bytes(metadata) / seconds / 1e6:.1f} MB/s")
     return folders
@@ -111,6 +123,9 @@ def _is_prepared(folder: Path, recipe_hash: str, tokenizer: TokenizerSpec) -> bo
 def _recipe_hash(data: DataSpec) -> str:
     """What decides the documents: all sources (one does not repeat what another gave) and the share held out."""
     sources = [source.model_dump(exclude={"weight"}) for source in data.sources]
+    for source in sources:  # as they were written before there were demonstrations
+        if source["prompt"] is None and not source["chat"]:
+            del source["prompt"], source["chat"]
     return hashlib.sha256(json.dumps([FORMAT, data.is_mixture, sources, data.validation]).encode()).hexdigest()
 
 
@@ -120,7 +135,13 @@ def _write(folder: Path, texts: Iterable[tuple[str, str]], encode, metadata: dic
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        counts, digests = _write_tokens(partial, texts, encode, np.dtype(metadata["dtype"]), metadata["eos_token_id"])
+        if metadata["demonstrations"]:
+            writing = encode
+        else:
+            writing = lambda texts: (([*ids, metadata["eos_token_id"]], None) for ids in encode(texts))  # noqa: E731
+        counts, digests = _write_tokens(
+            partial, texts, writing, np.dtype(metadata["dtype"]), metadata["demonstrations"]
+        )
         _check_counts(counts, metadata)
         fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
         metadata = {"format": FORMAT, "fingerprint": fingerprint, "splits": counts} | metadata
@@ -133,28 +154,36 @@ def _write(folder: Path, texts: Iterable[tuple[str, str]], encode, metadata: dic
     return metadata
 
 
-def _write_tokens(folder: Path, texts, encode, dtype: np.dtype, eos: int) -> tuple[dict[str, dict], list[str]]:
-    """Token and offset files of both splits; their counts, and the sha256 of each file."""
+def _write_tokens(
+    folder: Path, texts, encode, dtype: np.dtype, demonstrations: bool
+) -> tuple[dict[str, dict], list[str]]:
+    """Token and offset files of both splits, of demonstrations what is learned; their counts, and the files' sha256."""
     lengths = {split: array("q", [0]) for split in SPLITS}
     text_bytes = dict.fromkeys(SPLITS, 0)
     digests = {split: hashlib.sha256() for split in SPLITS}
     files = {split: open(token_file(folder, split), "wb") for split in SPLITS}  # noqa: SIM115
+    learned_files = {split: open(learned_file(folder, split), "wb") for split in SPLITS if demonstrations}  # noqa: SIM115
+    learned_digests = {split: hashlib.sha256() for split in learned_files}
     try:
         for batch in _batches(texts):
-            for (split, text), ids in zip(batch, encode([text for _, text in batch]), strict=True):
-                content = np.array([*ids, eos], dtype=dtype).tobytes()
+            for (split, text), (ids, learned) in zip(batch, encode([text for _, text in batch]), strict=True):
+                content = np.array(ids, dtype=dtype).tobytes()
                 files[split].write(content)
                 digests[split].update(content)
-                lengths[split].append(len(ids) + 1)
+                lengths[split].append(len(ids))
+                if demonstrations:
+                    learned_files[split].write(bytes(learned))
+                    learned_digests[split].update(bytes(learned))
                 text_bytes[split] += len(text.encode("utf-8"))
     finally:
-        for file in files.values():
+        for file in (*files.values(), *learned_files.values()):
             file.close()
     counts, hashes = {}, []
     for split in SPLITS:
         offsets = np.cumsum(np.frombuffer(lengths[split], dtype=np.int64))
         np.save(offset_file(folder, split), offsets)
         hashes += [digests[split].hexdigest(), hashlib.sha256(offsets.tobytes()).hexdigest()]
+        hashes += [learned_digests[split].hexdigest()] if demonstrations else []
         counts[split] = {
             "documents": len(offsets) - 1,
             "tokens": int(offsets[-1]),

@@ -60,7 +60,7 @@ class Stream:
         self.sequence_length = sequence_length
         self.seed = seed
         total = int(corpus.lengths.sum())
-        self.rows_per_epoch = total // sequence_length
+        self.rows_per_epoch = self._rows_of(total)
         if self.rows_per_epoch == 0:
             raise ValueError(
                 f"corpus {corpus.directory} has {total:,} {corpus.split} tokens, less than one row of "
@@ -95,6 +95,9 @@ class Stream:
         labels[cut] = self.corpus.tokens[index[cut] + 1]
         digest = hashlib.blake2b(tokens.tobytes() + piece.lengths.tobytes(), digest_size=16).digest()
         return Row(tokens, labels, piece.lengths, digest, piece.valid_tokens)
+
+    def _rows_of(self, total: int) -> int:
+        return total // self.sequence_length
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of an epoch: documents in order [documents], where each begins [documents + 1], rows in order [rows]."""

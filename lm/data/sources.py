@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+from farspan.lm.data.demonstrations import Demonstration, question_and_answer
 from farspan.lm.data.spec import Source
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
@@ -51,7 +52,7 @@ def divide(digested: Iterable[tuple[bytes, str]], validation: float) -> Iterator
     """
     digested = iter(digested)
     head = list(islice(digested, _HEAD))
-    if len(head) == 1 and validation > 0:
+    if len(head) == 1 and validation > 0 and not isinstance(head[0][1], Demonstration):
         yield from _cut(head[0][1], validation)
         return
     limit = int(validation * 2**64)
@@ -148,7 +149,7 @@ def _hub(source: Source) -> Iterator[str]:
 
 
 def _field(source: Source, name: str, /, *arguments, **options) -> Iterator[str]:
-    """The field `source.field` of the records of a data set, streamed; records where it is null are left out."""
+    """The text of each record of a data set, streamed; records where it is null are left out."""
     import datasets
 
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors are raised as well
@@ -163,14 +164,39 @@ def _field(source: Source, name: str, /, *arguments, **options) -> Iterator[str]
             return
         except Exception as error:
             raise _unreadable(name, error) from error
-        if source.field not in record:
-            raise ValueError(f"{name} has no field {source.field!r}; set `field` to one of: {', '.join(record)}")
-        text = record[source.field]
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            raise ValueError(f"{name}, record {number}: field {source.field!r} is {type(text).__name__}, not a string")
-        yield text
+        text = _document(source, record, name, number)
+        if text is not None:
+            yield text
+
+
+def _document(source: Source, record: dict, name: str, number: int) -> str | None:
+    """The text of one record, a `Demonstration` where the source says so; None where a field of it is null."""
+    for option, field in (("field", source.field), ("prompt", source.prompt)):
+        if field is not None and field not in record:
+            raise ValueError(f"{name} has no field {field!r}; set `{option}` to one of: {', '.join(record)}")
+    where = f"{name}, record {number}"
+    text = record[source.field]
+    if source.chat and source.prompt is None:
+        return None if text is None else _messages(text, f"{where}: field {source.field!r}")
+    question = "" if source.prompt is None else record[source.prompt]
+    if text is None or question is None:
+        return None
+    for field, value in ((source.field, text), (source.prompt, question)):
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: field {field!r} is {type(value).__name__}, not a string")
+    return text if source.prompt is None else question_and_answer(question, text, source.chat)
+
+
+def _messages(value: object, where: str) -> Demonstration:
+    try:
+        turns = tuple((message["role"], message["content"]) for message in value)
+    except (TypeError, KeyError):
+        turns = ()
+    if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
+        raise ValueError(f"{where} is no list of messages with a role and a content each; set `prompt` and `field`")
+    if "assistant" not in dict(turns):
+        raise ValueError(f"{where} has no message of the role assistant, so nothing of it is learned; leave it out")
+    return Demonstration(turns, chat=True)
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:

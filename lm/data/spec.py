@@ -21,7 +21,7 @@ class TokenizerSpec(Spec):
     """
 
     path: str
-    vocab_size: int | None = Field(default=None, ge=512, le=1_000_000)
+    vocab_size: int | None = Field(default=None, ge=264, le=1_000_000)
     model: Literal["bpe", "unigram"] = "bpe"
 
 
@@ -32,6 +32,10 @@ class Source(Spec):
     text: glob of UTF-8 files; one file is one document
     jsonl, parquet: glob of files; one record is one document, its text in `field`
     hub: name of a data set on the hub, streamed, with `subset` and `split`
+    prompt: of records: the field with the question to which `field` is the answer; the answers alone are learned, and
+        rows hold whole demonstrations (`lm/data/demonstrations.py`)
+    chat: question and answer become a conversation in the tokenizer's chat template; without `prompt`, `field` holds a
+        list of messages, of which the assistant's are learned
     limit_documents: take the first so many, or all
     weight: share of the training rows relative to the other sources; absent, sources mix by their size
     """
@@ -42,6 +46,8 @@ class Source(Spec):
     parquet: str | None = None
     hub: str | None = None
     field: str = "text"
+    prompt: str | None = None
+    chat: bool = False
     subset: str | None = None
     split: str = "train"
     limit_documents: int | None = Field(default=None, ge=1)
@@ -53,11 +59,16 @@ class Source(Spec):
         if len(given) != 1:
             found = " and ".join(given) or "none"
             raise ValueError(f"a source needs exactly one of {', '.join(KINDS)}; this one has {found}")
-        uses = {"field": ("jsonl", "parquet", "hub"), "subset": ("hub",), "split": ("hub",)}
+        records = ("jsonl", "parquet", "hub")
+        uses = {"field": records, "prompt": records, "chat": records, "subset": ("hub",), "split": ("hub",)}
         for option, kinds in uses.items():
             if option in self.model_fields_set and given[0] not in kinds:
                 raise ValueError(f"{option} means nothing for a {given[0]} source; it belongs to {', '.join(kinds)}")
         return self
+
+    @property
+    def is_demonstrations(self) -> bool:
+        return self.prompt is not None or self.chat
 
     @property
     def kind(self) -> str:
@@ -110,6 +121,12 @@ class DataSpec(Spec):
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise ValueError("some sources have a weight and some do not; give a weight to each, or to none")
+        kinds = {source.is_demonstrations for source in self.sources}
+        if len(kinds) > 1 and not self.is_mixture:
+            raise ValueError(
+                "demonstrations (a source with prompt or chat) and other texts are packed differently; give every "
+                "source a weight, so that each is a corpus of its own"
+            )
         return self
 
     @property

@@ -34,6 +34,13 @@ class Inputs:
             return {"task": self.task.model_dump(mode="json")}
         return {"tokenizer": self.train[0].tokenizer_hash, "corpus": [corpus.fingerprint for corpus in self.train]}
 
+    def check_start(self, recipe: Recipe) -> None:
+        """ValueError, one line, where model or tokenizer do not fit the weights that the recipe starts from."""
+        if recipe.start is not None:
+            from farspan.lm.initial import check_start
+
+            check_start(recipe, self.tokenizer, self.vocab_size)
+
     def loader(self, recipe: Recipe) -> Loader:
         length = recipe.batch.sequence_length
         if self.task is not None:

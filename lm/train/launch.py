@@ -60,13 +60,18 @@ def local_processes() -> int:
 
 def prepare_process(processes: int) -> None:
     """Sets what torch.distributed and DeepSpeed read. `processes`: how many share this machine's cores."""
+    share_cores(processes)
+    if not is_worker():  # or DeepSpeed looks for MPI
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+
+
+def share_cores(processes: int) -> None:
+    """On CPU, the threads of one of `processes` on this machine."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
-    if not is_worker():  # or DeepSpeed looks for MPI
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        os.environ.update({key: str(value) for key, value in alone.items()})
 
 
 def run_worker(work: Callable[[], None], logs: Path) -> None:
@@ -74,7 +79,7 @@ def run_worker(work: Callable[[], None], logs: Path) -> None:
 
     Exit codes: 0 done, or stopped and saved; 2 an error of the user, in one line; 1 anything else.
     """
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ.get("RANK", 0))
     logs.mkdir(parents=True, exist_ok=True)
     with open(logs / f"rank-{rank}.log", "a") as log:
         if rank:

@@ -169,7 +169,11 @@ class Reporter:
             f"{count(record['tokens_per_second'])} tokens/s  loss {record['loss']:.3f}  "
             f"left {duration(record['seconds_left'])}"
         )
-        self._progress.update(self._task, completed=record["step"], status=status)
+        self.progress(record["step"], status)
+
+    def progress(self, step: int, status: str) -> None:
+        """The bar alone."""
+        self._progress.update(self._task, completed=step, status=status)
 
     def close(self) -> None:
         self._progress.stop()

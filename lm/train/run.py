@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from farspan.lm.environment import environment
-from farspan.lm.initial import check_start
 from farspan.lm.recipe import Recipe
 from farspan.lm.train.inputs import Inputs
 
@@ -59,8 +58,7 @@ class RunFolder:
             return
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} - _BEFORE_RECIPE:
             raise ValueError(f"{self.path} exists and is not a run; choose another --name, or remove it")
-        if recipe.start is not None:
-            check_start(recipe, inputs.tokenizer, inputs.vocab_size)
+        inputs.check_start(recipe)
         parent = next(folder for folder in self.path.absolute().parents if folder.exists())
         writable = self.path if self.path.exists() else parent
         if not writable.is_dir() or not os.access(writable, os.W_OK | os.X_OK):
@@ -106,8 +104,8 @@ class RunFolder:
         for what in found:
             if trained.get(what) != found[what]:
                 raise ValueError(
-                    f"{self.path} was trained with another {what} than is in {recipe.data.path} now; "
-                    "prepare the old one again to resume, or choose another --name"
+                    f"{self.path} was trained with another {what} than there is now; bring the old one back to "
+                    "resume, or choose another --name"
                 )
 
     def _write(self, path: Path, text: str) -> None:

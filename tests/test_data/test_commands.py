@@ -46,7 +46,7 @@ def test_options_that_do_not_fit_are_errors(library):
         run(data.app, "prepare", "--text", texts, "--output", library / "c")
     with pytest.raises(ValueError, match=r"r\.yaml says what to prepare; leave out --text --output, or the recipe"):
         run(data.app, "prepare", "r.yaml", "--text", texts, "--output", library / "c")
-    with pytest.raises(ValueError, match="vocab_size: Input should be greater than or equal to 512"):
+    with pytest.raises(ValueError, match="vocab_size: Input should be greater than or equal to 264"):
         run(data.app, "prepare", "--text", texts, "--output", library / "c", "--vocab-size", 5)
     with pytest.raises(FileNotFoundError, match=r"no recipe at nothing\.yaml"):
         run(data.app, "prepare", "nothing.yaml")

@@ -6,6 +6,7 @@ from inspect import signature
 import pytest
 import torch
 
+from farspan.kernels.attention_statistics import attention_statistics
 from farspan.kernels.blocks import attention_block, attention_block_backward, hidden_mask
 from farspan.kernels.cca import core_attention, pool_groups
 from farspan.kernels.interval import interval_attention
@@ -242,6 +243,7 @@ def test_auto_keeps_float64_exact():
         ("rat", (rat,)),
         ("titans", (titans_memory,)),
         ("local_linear", (local_linear_attention,)),
+        ("attention_statistics", (attention_statistics,)),
     ],
 )
 def test_every_operator_declares_its_arguments(name, functions):
@@ -252,7 +254,8 @@ def test_every_operator_declares_its_arguments(name, functions):
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    assert set(OPERATORS) == {"cca", "interval", "softmax", "softplus", "window", "rat", "titans", "local_linear"}
+    names = "attention_statistics cca interval local_linear rat softmax softplus titans window"
+    assert set(OPERATORS) == set(names.split())
 
 
 @pytest.mark.gpu
