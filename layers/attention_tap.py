@@ -87,6 +87,26 @@ class MapWeights:
         )
 
 
+@dataclass(frozen=True)
+class WeightsBeside:
+    """Several maps of the same row, of some heads each."""
+
+    parts: tuple[Weights, ...]
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        return self.parts[0].documents
+
+    @property
+    def heads(self) -> int:
+        return sum(part.heads for part in self.parts)
+
+    def statistics(self, rows: torch.Tensor, waad_window: int, horizon: tuple[int, int]) -> HeadStatistics:
+        parts = [part.statistics(rows, waad_window, horizon) for part in self.parts]
+        distance, waad, fai = (torch.cat(side, dim=1) for side in list(zip(*parts, strict=True))[:3])
+        return HeadStatistics(distance, waad, fai, parts[0].count)
+
+
 # listener(layer's module, weights); a global and no context variable, so that torch.compile guards on it.
 Listener = Callable[[torch.nn.Module, Callable[[], Weights]], None]
 _LISTENER: Listener | None = None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from farspan.kernels.attention_statistics.interval import IntervalMap
+from farspan.layers.attention_tap import MapWeights, Weights, WeightsBeside, offer
 from farspan.layers.mixer import Mixed, Mixer, State, register
 from farspan.layers.rotary import rope_tables, rotate
 from farspan.layers.routing_centroids import Centroids
@@ -60,6 +62,8 @@ class Routing(Mixer):
         averages = options.decay, options.early_decay, options.early_steps
         self.centroids = Centroids(options.routing_heads, options.clusters, dim, *averages)
         self.groups = groups(options)
+        # the mean of several clusters' outputs has no single softmax
+        self.attends = options.membership == "nearest" and options.choices == 1
 
     def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
         options = self.options
@@ -76,6 +80,8 @@ class Routing(Mixer):
         metrics.
         """
         count = self.options.local_heads
+        if self.attends:
+            offer(self, sequence, state, lambda: self._weights(q, k, sequence))
         if sequence.shard is None:
             heads = tuple(range(self.options.routing_heads))
             routed, loss, metrics = self._routed(q[:, :, count:], v[:, :, count:], sequence, heads, state)
@@ -98,6 +104,18 @@ class Routing(Mixer):
             o, loss, metrics = self._routed(q[:, :, count:], v[:, :, count:], slot, heads, None, sequence)
             parts.append(o)
         return deal.to_tokens(torch.cat(parts, dim=2), axis), loss, metrics
+
+    def _weights(self, q, k, sequence: Sequence) -> Weights:
+        """The attention maps of local and routing heads, beside each other."""
+        count = self.options.local_heads
+        routed = q[:, :, count:]
+        lists = self.groups.lists(self.centroids.scores(routed[0]), Row.of(sequence))
+        keys = self._rotated(routed, sequence)
+        weights = MapWeights(IntervalMap(keys, keys, lists, sequence.lengths), self.options.backend)
+        if not count:
+            return weights
+        local = (self._rotated(x, sequence) for x in (q[:, :, :count], k))
+        return WeightsBeside((self.local.weights(*local, sequence), weights))
 
     @property
     def _learns(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from farspan.kernels.interval import interval_attention, interval_step
+from farspan.kernels.interval import Intervals, interval_attention, interval_step
 from farspan.layers.mixer import State
 from farspan.layers.routing_lists import Row, member_lists, nearest_lists, ring_sources
 from farspan.layers.routing_membership import Held, Membership, balanced, hold, streaming
@@ -53,8 +53,7 @@ class NearestGroups:
         """q: [1, n, H, D], rotated, the tokens `row.own`; k, v: [1, T, H, D], of all tokens of the whole `sequence`;
         scores: [T, H, C]. Returns o [1, n, H, D] and metrics; brings the state up to date.
         """
-        options = self.options
-        assigned = self._assigned(scores)
+        options, assigned = self.options, self._assigned(scores)
         if state is not None and not sequence.fresh:
             row = replace(row, counts=state["count"])
             keys, values = (_after(state[name], x) for name, x in (("group_key", k), ("group_value", v)))
@@ -65,6 +64,11 @@ class NearestGroups:
         if state is not None:
             self._refill(state, keys, values, *ring_sources(assigned, row, options.clusters, options.window))
         return o, {}
+
+    def lists(self, scores: torch.Tensor, row: Row) -> Intervals:
+        """Which tokens of whole documents see which; scores: [T, H, C]."""
+        options = self.options
+        return nearest_lists(self._assigned(scores), row, options.clusters, options.window, options.hides_self)
 
     def fill(self, k, v, scores: torch.Tensor, row: Row, sequence: Sequence, state: State) -> None:
         """The whole documents of a row into a new state."""

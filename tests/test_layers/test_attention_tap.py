@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from farspan.kernels.attention_statistics.reference import map_of, softmax_map
+from farspan.kernels.attention_statistics.reference import map_of, softmax_map, statistics_of_map
 from farspan.layers import build
-from farspan.layers.attention_tap import SoftmaxWeights, listening
+from farspan.layers.attention_tap import SoftmaxWeights, WeightsBeside, listening
 from farspan.layers.mixer import MIXERS
 from farspan.layers.sequence import Sequence
 
@@ -34,6 +34,8 @@ def map_in_full(weights):
         q, k = weights.q, weights.k
         scale = q.shape[-1] ** -0.5 if weights.scale is None else weights.scale
         return softmax_map(q, k, weights.pieces or weights.documents, weights.window, scale, weights.softcap)[0]
+    if isinstance(weights, WeightsBeside):
+        return torch.cat([map_in_full(part) for part in weights.parts])
     return map_of(weights.effective)
 
 
@@ -70,6 +72,28 @@ def test_times_the_values_it_is_the_output(name, options):
         _, _, v = mixer.projections(x, sequence)
         expected = mixer.projections.merge(mixed(a, v))
     torch.testing.assert_close(expected, output)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clusters": 3, "window": 5, "local_heads": 2, "local_window": 7},
+        {"clusters": 2, "window": 9, "local_heads": 0, "self_rule": "always", "rope": None},
+    ],
+)
+def test_routing_hands_out_both_kinds_of_heads(options):
+    mixer = build("routing", **SHARED, **options)
+    x, _, output, heard = run(mixer)
+    (_, weights), *more = heard
+    assert mixer.attends and not more and weights.documents == LENGTHS
+    a = map_in_full(weights)
+    assert len(a) == weights.heads == 4
+    expected = mixer.output(mixed(a, mixer.value(x).unflatten(-1, (4, -1))).flatten(2))
+    torch.testing.assert_close(expected, output)
+    rows = torch.arange(sum(LENGTHS)) % 3 > 0
+    got = weights.statistics(rows, 4, (2, 9))
+    for value, expected in zip(got[:4], statistics_of_map(a, rows, LENGTHS, 4, (2, 9)), strict=True):
+        torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"kernel": "rbf", "bandwidth": "learned"}, {"window": 9, "kv_heads": 2}])
