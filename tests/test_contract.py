@@ -25,6 +25,7 @@ SMALL = {
     # an output norm divides by small outputs, and makes more of a rounding error
     "local_linear": {"kv_heads": 2, "output_norm": False, "tolerance": 1e-7, "iterations": 32},
     "rat": {"chunk": 4, "groups": 2},
+    "rcmha": {"kv_heads": 2},
     "softmax": {"kv_heads": 2},
     "softplus": {"kv_heads": 2, "power": 15.0},
     # a norm over four channels, and long steps, would lose more digits than the tests in fp32 allow
@@ -39,7 +40,7 @@ SMALL = {
     },
     "window": {"kv_heads": 2, "window": 5},
 }
-REACH = {"cca": 8, "local_linear": 12, "rat": 13, "softmax": 12, "softplus": 12, "titans": 13, "window": 5}
+REACH = {"cca": 8, "local_linear": 12, "rat": 13, "rcmha": 12, "softmax": 12, "softplus": 12, "titans": 13, "window": 5}
 
 # How much more than other mixers one makes of a rounding error, where that is its nature. The power of softplus takes
 # 15 times the relative error of a score's excess over its mean: on one rank fp32 is 1.3e-5 from float64 here, and

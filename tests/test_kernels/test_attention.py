@@ -11,6 +11,7 @@ from farspan.kernels.cca import core_attention, pool_groups
 from farspan.kernels.local_linear import local_linear_attention
 from farspan.kernels.operator import OPERATORS, choose_backend
 from farspan.kernels.rat import rat
+from farspan.kernels.relative import relative_attention
 from farspan.kernels.softmax import attention_step, softmax_attention
 from farspan.kernels.softmax import chunked as softmax_chunked
 from farspan.kernels.softplus import softplus_attention
@@ -240,6 +241,7 @@ def test_auto_keeps_float64_exact():
         ("rat", (rat,)),
         ("titans", (titans_memory,)),
         ("local_linear", (local_linear_attention,)),
+        ("relative", (relative_attention,)),
     ],
 )
 def test_every_operator_declares_its_arguments(name, functions):
@@ -250,7 +252,7 @@ def test_every_operator_declares_its_arguments(name, functions):
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat", "titans", "local_linear"}
+    assert set(OPERATORS) == {"cca", "softmax", "softplus", "window", "rat", "titans", "local_linear", "relative"}
 
 
 @pytest.mark.gpu
