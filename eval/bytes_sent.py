@@ -10,6 +10,7 @@ window s. Bytes of one rank, in even shares:
     ring           e 2 Hk d n (P - 1)                the same, and gradients: f 2 Hk d n P
     halo           e 2 Hk d (w - 1)                  the same            once for each segment that has one before it
     summaries      e 2 H d (n / L) (P - 1)           f 2 H d (n / L) (P - 1)
+    RCMHA          as softmax, and a halo of K - 1 rows of e (H + 2 Hk) d, K: tokens of its convolutions
     cores          e 2 Hc d (n / g) (P - 1)          f 2 Hc d (n / g) (P - 1)   and a halo of s to s + g - 1 tokens
     earlier keys   e Hk d n (P - 1)                  the same            contiguous, the mean of the ranks
     routing        Ulysses e d n (3 H + Hl) (P - 1) / P, the same; gathered e 2 Hr d n (P - 1), f 2 Hr d n (P - 1),
@@ -67,7 +68,7 @@ def said(mixer: str, sharing: Sharing) -> str:
         if min(sharing.ring, sharing.ulysses) > 1:
             return "ulysses + gather"
         return within if sharing.ulysses > 1 else between
-    if mixer not in ("softmax", "softplus"):
+    if mixer not in ("softmax", "softplus", "rcmha"):
         window = f"2edHk(w-1){edges}/N"
         return {"window": window, "rat": "2edH(P-1)/L", "cca": f"2edHc(P-1)/g + 2edHk s{edges}/N"}[mixer]
     between = "earlier keys" if mixer == "softplus" else sharing.attention
@@ -164,6 +165,19 @@ def _cca(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
     return cores + halo(layout, reach, options.kv_heads, options.head_dim, dtype, rank)
 
 
+def _rcmha(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
+    """The rows before each segment that the convolutions read; then as softmax, with a window as window."""
+    layout = make_layout(sharing.layout, sharing.tokens, sharing.ring, sharing.ulysses)
+
+    def reach(start: int) -> int:
+        return min(options.kernel - 1, start)
+
+    rows = halo(layout, reach, options.heads + 2 * options.kv_heads, options.head_dim, dtype, rank)
+    rows = Sent(rows.forward // 2, rows.backward // 2)  # a halo has keys and values, this one row
+    attention = _softmax if options.window is None else _window
+    return rows + attention(options, sharing, dtype, rank)
+
+
 def _softplus(options, sharing: Sharing, dtype: torch.dtype, rank: int) -> Sent:
     """Ulysses inside a slot of the ring, then the keys of the rank's heads and of the tokens before its segments."""
     plan = plan_heads(options.heads, options.kv_heads, sharing.ulysses)
@@ -216,6 +230,7 @@ FORMULAS = {
     "cca": _cca,
     "softplus": _softplus,
     "routing": _routing,
+    "rcmha": _rcmha,
 }
 
 

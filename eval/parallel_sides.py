@@ -63,7 +63,7 @@ class Protocol:
             if name not in FORMULAS:
                 raise ValueError(f"mixer {name} has no formula for what it sends; valid: {', '.join(FORMULAS)}")
         most = max(self.ranks)
-        if {"softmax", "softplus", "routing"} & set(self.mixers) and most > self.heads:
+        if {"softmax", "softplus", "routing", "rcmha"} & set(self.mixers) and most > self.heads:
             raise ValueError(f"{self.heads} heads are fewer than {most} ranks, as Ulysses needs; use more heads")
         if self.device.type == "cuda" and most > torch.cuda.device_count():
             raise ValueError(f"{most} ranks need as many CUDA devices, there are {torch.cuda.device_count()}")
@@ -130,7 +130,7 @@ def _methods(mixer: str, ranks: int) -> list[Side]:
     if mixer in alone:
         return [Side(mixer, alone[mixer], ring=ranks)]
     found = [Side(mixer, "ulysses", ulysses=ranks), Side(mixer, "gather", ring=ranks)]
-    if mixer == "softmax":
+    if mixer in ("softmax", "rcmha"):
         found.append(Side(mixer, "ring", ring=ranks, attention="ring"))
     if ranks % 2 == 0 and ranks > 2:
         half = ranks // 2

@@ -3,7 +3,7 @@
 `build("window", width=512, heads=8, window=257)` makes a mixer by name; importing this package registers them all.
 """
 
-from farspan.layers import cca, local_linear, rat, routing, softmax, softplus, titans, window
+from farspan.layers import cca, local_linear, rat, rcmha, routing, softmax, softplus, titans, window
 from farspan.layers.mixer import MIXERS, Mixed, Mixer, build
 from farspan.layers.sequence import Sequence
 
@@ -16,6 +16,7 @@ __all__ = [
     "cca",
     "local_linear",
     "rat",
+    "rcmha",
     "routing",
     "softmax",
     "softplus",

@@ -43,11 +43,18 @@ def sharded_attention(
 
 
 class Block(NamedTuple):
-    """Queries and keys of one block; all of it is visible, or the causal half where they are the same tokens."""
+    """Queries and keys of one block, and where the first of each is in their document; all of it is visible, or the
+    causal half where they are the same tokens.
+    """
 
     queries: slice
     keys: slice
-    causal: bool
+    query_position: int
+    key_position: int
+
+    @property
+    def causal(self) -> bool:
+        return self.query_position == self.key_position
 
 
 class DocumentAttention:
@@ -56,8 +63,11 @@ class DocumentAttention:
     def __init__(self, shard: Shard, scale: float) -> None:
         self._shard, self._scale = shard, scale
 
+    def of(self, heads: slice) -> DocumentAttention:
+        return self  # all heads are alike
+
     def forward(self, q, k, v, source) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        for block in self._blocks(source):
+        for block in document_blocks(self._shard, source):
             inputs = (_head_major(q, block.queries), _head_major(k, block.keys), _head_major(v, block.keys))
             o, lse = attention_block(*inputs, self._scale, causal=block.causal)
             yield block.queries, o.transpose(1, 2), lse.transpose(1, 2)
@@ -65,7 +75,7 @@ class DocumentAttention:
     def backward(
         self, do, q, k, v, o, lse, source
     ) -> Iterator[tuple[slice, torch.Tensor, slice, torch.Tensor, torch.Tensor]]:
-        for block in self._blocks(source):
+        for block in document_blocks(self._shard, source):
             saved = (_head_major(x, block.queries) for x in (o, lse))
             inputs = (_head_major(q, block.queries), _head_major(k, block.keys), _head_major(v, block.keys))
             gradients = attention_block_backward(
@@ -74,19 +84,19 @@ class DocumentAttention:
             dq, dk, dv = (x.transpose(1, 2) for x in gradients)
             yield block.queries, dq, block.keys, dk, dv
 
-    def _blocks(self, source: int | None) -> Iterator[Block]:
-        """Against the keys of one rank of the ring, or of the whole row in order (None)."""
-        there = () if source is None else self._shard.pieces_of(source)
-        for piece in self._shard.pieces:
-            queries = slice(piece.local, piece.local + piece.length)
-            if source is None:
-                if piece.offset:
-                    yield Block(queries, slice(piece.start - piece.offset, piece.start), False)
-                yield Block(queries, slice(piece.start, piece.start + piece.length), True)
-            for other in there:
-                if other.document == piece.document and other.offset <= piece.offset:
-                    keys = slice(other.local, other.local + other.length)
-                    yield Block(queries, keys, other.offset == piece.offset)
+
+def document_blocks(shard: Shard, source: int | None) -> Iterator[Block]:
+    """This rank's queries against the keys of one rank of the ring, or of the whole row in order (None)."""
+    there = () if source is None else shard.pieces_of(source)
+    for piece in shard.pieces:
+        queries, at = slice(piece.local, piece.local + piece.length), piece.offset
+        if source is None:
+            if at:
+                yield Block(queries, slice(piece.start - at, piece.start), at, 0)
+            yield Block(queries, slice(piece.start, piece.start + piece.length), at, at)
+        for other in there:
+            if other.document == piece.document and other.offset <= at:
+                yield Block(queries, slice(other.local, other.local + other.length), at, other.offset)
 
 
 def _head_major(x: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -50,9 +50,13 @@ class ShortConvolution(nn.Module):
             start += length + self.reach
         return torch.cat(kept)[None], torch.stack(ends)
 
+    def taps(self) -> torch.Tensor:
+        """[width, channels]."""
+        return self.weight.unflatten(0, (self.width, self.channels))
+
     def _convolve(self, x: torch.Tensor) -> torch.Tensor:
         """[n, reach + T, C] -> [n, T, C]."""
-        taps = self.weight.to(x.dtype).unflatten(0, (self.width, self.channels))
+        taps = self.taps().to(x.dtype)
         length = x.shape[1] - self.reach
         y = x[:, :length] * taps[0]
         for j in range(1, self.width):

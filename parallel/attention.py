@@ -32,8 +32,12 @@ Rows = slice
 
 class Attend(Protocol):
     """Which queries of this rank see which keys of `source`: a rank of the ring, or None for the keys of the whole
-    row. q, o, do: [1, n, H, D]; k, v: [1, keys, Hk, D]; lse: [1, n, H] fp32 or wider.
+    row. q: [1, n, H, D]; k: [1, keys, Hk, C]; v: the same; o, do: [1, n, H, C]; lse: [1, n, H] fp32 or wider. D is C,
+    or more where queries carry what is not compared with the keys that travel.
     """
+
+    def of(self, heads: slice) -> Attend:
+        """The same for some of the query heads, whose q, k and v it will be given."""
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, source: int | None
@@ -54,7 +58,7 @@ class Attend(Protocol):
 
 
 def ring_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attend: Attend, axis: Axis) -> torch.Tensor:
-    """o [1, n, H, D] of q [1, n, H, D] over the keys and values [1, n, Hk, D] of all ranks that they see."""
+    """o [1, n, H, C] of q [1, n, H, D] over the keys and values [1, n, Hk, C] of all ranks that they see."""
     return _Ring.apply(q, k, v, attend, axis)
 
 
@@ -66,11 +70,11 @@ def gathered_attention(
 
 
 class Merged:
-    """Outputs of blocks merged into one softmax: o [1, n, H, D] and lse [1, n, H], fp32 or wider, from nothing."""
+    """Outputs of blocks merged into one softmax: o [1, n, H, C] and lse [1, n, H], fp32 or wider, from nothing."""
 
-    def __init__(self, q: torch.Tensor) -> None:
+    def __init__(self, q: torch.Tensor, channels: int | None = None) -> None:
         wide = torch.promote_types(q.dtype, torch.float32)
-        self.o = torch.zeros(q.shape, dtype=wide, device=q.device)
+        self.o = torch.zeros(*q.shape[:3], channels or q.shape[3], dtype=wide, device=q.device)
         self.lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
 
     def add(self, rows: Rows, o: torch.Tensor, lse: torch.Tensor) -> None:
@@ -88,7 +92,7 @@ class Merged:
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, attend, axis):
-        merged, moving = Merged(q), torch.stack([k, v])
+        merged, moving = Merged(q, v.shape[3]), torch.stack([k, v])
         for hop in range(axis.size):
             last = hop == axis.size - 1
             under_way = None if last else Pass(moving, axis, name=f"ring pass {hop + 1} of keys")
@@ -128,14 +132,11 @@ class _Ring(torch.autograd.Function):
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, attend, layout, axis):
-        o, wide = (
-            torch.empty_like(q, memory_format=torch.contiguous_format),
-            torch.promote_types(q.dtype, torch.float32),
-        )
+        o, wide = q.new_empty(*q.shape[:3], v.shape[3]), torch.promote_types(q.dtype, torch.float32)
         lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
         for queries, keys, values, _ in _gathered_heads(q, k, v, layout, axis):
-            merged = Merged(q[:, :, queries])
-            for block in attend.forward(q[:, :, queries], keys, values, None):
+            merged = Merged(q[:, :, queries], v.shape[3])
+            for block in attend.of(queries).forward(q[:, :, queries], keys, values, None):
                 merged.add(*block)
             o[:, :, queries], lse[:, :, queries] = merged.o.to(q.dtype), merged.lse
         ctx.save_for_backward(q, k, v, o, lse)
@@ -155,7 +156,7 @@ class _Gathered(torch.autograd.Function):
             dkeys, dvalues = (x[None] for x in gradients.split(channels, dim=-1))
             mine = (x[:, :, queries] for x in (do, q))
             saved = o[:, :, queries], lse[:, :, queries]
-            for rows, part, where, dkey, dvalue in ctx.attend.backward(*mine, keys, values, *saved, None):
+            for rows, part, where, dkey, dvalue in ctx.attend.of(queries).backward(*mine, keys, values, *saved, None):
                 dq[:, rows, queries] += part
                 dkeys[:, where] += dkey
                 dvalues[:, where] += dvalue

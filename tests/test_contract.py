@@ -25,6 +25,7 @@ SMALL = {
     # an output norm divides by small outputs, and makes more of a rounding error
     "local_linear": {"kv_heads": 2, "output_norm": False, "tolerance": 1e-7, "iterations": 32},
     "rat": {"chunk": 4, "groups": 2},
+    "rcmha": {"kv_heads": 2},
     # the norm over head_dim channels needs more than four of them
     "routing": {"head_dim": 8, "clusters": 3, "window": 5, "local_heads": 2},
     "softmax": {"kv_heads": 2},
@@ -45,6 +46,7 @@ REACH = {
     "cca": 8,
     "local_linear": 12,
     "rat": 13,
+    "rcmha": 12,
     "routing": 5,
     "softmax": 12,
     "softplus": 12,

@@ -71,7 +71,9 @@ def test_rl_recipe_is_whole(path, farspan):
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
 def test_a_mixer_is_there_from_kernel_to_page(name):
-    operator = {"window": "softmax", "routing": "interval"}.get(name, name)  # where a mixer's definition is
+    operator = {"window": "softmax", "rcmha": "relative", "routing": "interval"}.get(
+        name, name
+    )  # where a mixer's definition is
     assert (ROOT / f"kernels/{operator}/reference.py").is_file()
     assert (ROOT / f"layers/{name}.py").is_file()
     assert (ROOT / f"docs/{name}.md").read_text().startswith(f"# {name}\n")

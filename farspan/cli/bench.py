@@ -22,7 +22,7 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; what this machine
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the first on CPU, the second on CUDA.")]
 Output = Annotated[Path, typer.Option(help="Folder for the JSON, the table and the picture.")]
 RESULTS = Path("benchmarks/results")
-MIXERS = "softmax,window,rat,cca,softplus:power=0,softplus,routing"
+MIXERS = "softmax,window,rat,cca,softplus:power=0,softplus,routing,rcmha,rcmha:relative=table"
 
 
 @app.callback()
@@ -123,7 +123,7 @@ def decode(
 def parallel(
     mixers: Annotated[
         str, typer.Option(help="Names, separated by commas.")
-    ] = "softmax,window,rat,cca,softplus,routing",
+    ] = "softmax,window,rat,cca,softplus,routing,rcmha",
     ranks: Annotated[str | None, typer.Option(help="Numbers of processes; 1,2,4, on CUDA as GPUs allow.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Of the document; 8192 on CPU, 65,536 on CUDA.")] = None,
     width: Width = None,

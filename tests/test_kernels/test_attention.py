@@ -13,6 +13,7 @@ from farspan.kernels.interval import interval_attention
 from farspan.kernels.local_linear import local_linear_attention
 from farspan.kernels.operator import OPERATORS, choose_backend
 from farspan.kernels.rat import rat
+from farspan.kernels.relative import relative_attention
 from farspan.kernels.softmax import attention_step, softmax_attention
 from farspan.kernels.softmax import chunked as softmax_chunked
 from farspan.kernels.softplus import softplus_attention
@@ -244,6 +245,7 @@ def test_auto_keeps_float64_exact():
         ("titans", (titans_memory,)),
         ("local_linear", (local_linear_attention,)),
         ("attention_statistics", (attention_statistics,)),
+        ("relative", (relative_attention,)),
     ],
 )
 def test_every_operator_declares_its_arguments(name, functions):
@@ -254,7 +256,7 @@ def test_every_operator_declares_its_arguments(name, functions):
 
 
 def test_all_operators_are_tested_for_their_declaration():
-    names = "attention_statistics cca interval local_linear rat softmax softplus titans window"
+    names = "attention_statistics cca interval local_linear rat relative softmax softplus titans window"
     assert set(OPERATORS) == set(names.split())
 
 
