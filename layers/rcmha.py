@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from farspan.kernels.attention_statistics.relative import RelativeMap
 from farspan.kernels.relative import Sinusoid, Table, relative_attention, relative_step
 from farspan.kernels.softmax import write_slots
 from farspan.layers.attention import Projections
+from farspan.layers.attention_tap import MapWeights, Weights, offer
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
 from farspan.layers.rcmha_convolution import INITIALS, HeadConvolution
 from farspan.layers.rcmha_sharding import sharded_relative
@@ -127,7 +129,12 @@ class RCMHA(Window):
         q, k, v = self._convolved(projected, sequence, state).unflatten(-1, (-1, options.head_dim)).split(
             (options.heads, options.kv_heads, options.kv_heads), dim=2
         )  # fmt: skip
+        offer(self, sequence, state, lambda: self.weights(q, k, sequence))
         return Mixed(linears.merge(self.core(q, k, v, sequence, state)))
+
+    def weights(self, q: torch.Tensor, k: torch.Tensor, sequence: Sequence) -> Weights:
+        relative = RelativeMap(q, k, *self.biases(), sequence.lengths, self.options.window)
+        return MapWeights(relative, self.options.backend)
 
     def _convolved(self, projected: torch.Tensor, sequence: Sequence, state: State | None) -> torch.Tensor:
         """projected: [1, T, C], queries, keys and values side by side; brings the state's tail up to date."""

@@ -75,6 +75,23 @@ def test_times_the_values_it_is_the_output(name, options):
 
 
 @pytest.mark.parametrize(
+    "options", [{}, {"kv_heads": 2, "window": 9}, {"relative": "table", "distances": 11, "clamp": True}]
+)
+def test_rcmha_hands_out_its_scores(options):
+    mixer = build("rcmha", **SHARED, **options)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            if parameter.ndim == 1:
+                parameter.normal_(std=0.3)
+    x, sequence, output, heard = run(mixer)
+    (_, weights), *more = heard
+    assert mixer.attends and not more and weights.documents == LENGTHS
+    sides = [linear(x) for linear in (mixer.projections.query, mixer.projections.key, mixer.projections.value)]
+    v = mixer._convolved(torch.cat(sides, -1), sequence, None)[..., -sides[2].shape[-1] :].unflatten(-1, (-1, 8))
+    torch.testing.assert_close(mixer.projections.merge(mixed(map_in_full(weights), v)), output)
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"clusters": 3, "window": 5, "local_heads": 2, "local_window": 7},
