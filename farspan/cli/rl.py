@@ -51,9 +51,9 @@ def train(
         str | None, typer.Option("--name", help="Name of the run folder in runs/; default: the recipe's.")
     ] = None,
 ) -> None:
-    """Train a policy by GRPO with credit from attention, into the folder runs/NAME.
+    """Train a policy by GRPO with credit from attention, into the folder runs/NAME. `farspan rl RECIPE` is the same.
 
-    Example: `farspan rl recipes/rl/arithmetic.yaml credit.strategy=anchor --name anchor`
+    Example: `farspan rl train recipes/rl/arithmetic.yaml credit.strategy=anchor --name anchor`
     """
     from farspan.lm.recipe import read_recipe
     from farspan.lm.rl.spec import RLRecipe
