@@ -22,7 +22,7 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; what this machine
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the first on CPU, the second on CUDA.")]
 Output = Annotated[Path, typer.Option(help="Folder for the JSON, the table and the picture.")]
 RESULTS = Path("benchmarks/results")
-MIXERS = "softmax,window,rat,cca,softplus:power=0,softplus,routing,rcmha,rcmha:relative=table"
+MIXERS = "softmax,window,rat,cca,softplus:power=0,softplus,routing,rcmha"
 
 
 @app.callback()
