@@ -122,7 +122,8 @@ def test_scaling_the_advantage_is_weighting_the_loss(recipe, build, tmp_path):
     changed = {**output, "old_per_token_logps": old, "advantages": plain * gamma}
     assert trainer._compute_loss(trainer.model, changed).item() == pytest.approx(expected, rel=1e-4)
     one = gradients(trainer, {**changed, "advantages": plain})
-    assert torch.allclose(gradients(trainer, {**changed, "advantages": 1.5 * plain}), 1.5 * one, rtol=1e-4, atol=1e-7)
+    larger = gradients(trainer, {**changed, "advantages": 1.5 * plain})
+    assert (larger - 1.5 * one).norm() <= 1e-4 * larger.norm()  # single entries are sums that cancel, in fp32
 
 
 def test_a_model_without_attention_statistics_is_refused(recipe, build, tmp_path, policy):

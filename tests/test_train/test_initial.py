@@ -411,7 +411,7 @@ def test_runs_and_checkpoints_are_weights(run, start_file, recipe_file, tmp_path
 
 def test_all_ranks_hear_what_the_main_rank_found(run, start_file, llama, monkeypatch):
     """Weights that have changed since they were checked."""
-    monkeypatch.setattr("farspan.lm.train.run.check_start", lambda *arguments: None)
+    monkeypatch.setattr("farspan.lm.initial.check_start", lambda *arguments: None)
     assert run(start_file(llama, intermediate_size=64), ranks=2) == [2, 2]
     assert len(run.errors) == 2 and len(set(run.errors)) == 1
     assert "is [64, 32] in this recipe and [48, 32] in" in run.errors[0]
