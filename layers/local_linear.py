@@ -10,15 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from farspan.kernels.local_linear import Settings, Statistics, local_linear_attention, local_linear_step
-from farspan.kernels.softmax import write_slots
 from farspan.layers.attention import Projections
 from farspan.layers.attention_tap import SoftmaxWeights, Weights, offer
 from farspan.layers.local_linear_sharding import Operands, sharded_local_linear
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
+from farspan.layers.optional_window import OptionalWindow
 from farspan.layers.rotary import Rope, rope_tables, rotate
 from farspan.layers.sequence import Sequence
-from farspan.layers.softmax import reserve, slots_for
-from farspan.layers.window import Window
 from farspan.parallel.heads import plan_heads
 from farspan.parallel.layout import LAYOUTS
 
@@ -71,7 +69,7 @@ class LocalLinearOptions(GroupedOptions):
 
 
 @register("local_linear", LocalLinearOptions)
-class LocalLinear(Window):
+class LocalLinear(OptionalWindow):
     """State: every key and value so far as in `softmax`, or a ring of the last `window` as in `window`.
 
     On a shard: Ulysses within a ring slot and gathered keys between slots; with a window, the keys before each segment.
@@ -154,33 +152,24 @@ class LocalLinear(Window):
             return self._on_shard(operands, sequence, state)
         if state is None:
             return self._attend(operands, sequence)
-        before = None
-        if not sequence.fresh and not sequence.single_tokens:
-            before = tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
-        if self.options.window is not None:
-            self._write(state, *self._last(k, v, sequence), sequence)
-        else:
-            self._append(state, k, v, sequence)
+        before = self._entering(state, sequence)
+        self._write_new(state, k, v, sequence)
         if not sequence.single_tokens:
             return self._attend(operands, sequence, before)
         counts = sequence.positions + 1
-        if self.options.window is None:
-            used = slots_for(max(sequence.totals))
-        else:
-            used, counts = self.options.window, counts.clamp(max=self.options.window)
-        caches = state["key"][:, :, :used], state["value"][:, :, :used]
+        if self.options.window is not None:
+            counts = counts.clamp(max=self.options.window)
+        caches = (state[name][:, :, : self._used(sequence)] for name in ("key", "value"))
         kind = {"kernel": self.options.kernel, "ridge_mode": self.options.ridge_mode}
         o = local_linear_step(q.transpose(0, 1), *caches, counts, ridge, scale=scale, **kind)
         return o.transpose(0, 1), None
 
     def _on_shard(self, operands: Operands, sequence: Sequence, state: State | None) -> tuple[torch.Tensor, Statistics]:
         k, v = operands.k, operands.v
-        if self.options.window is None:
-            if state is not None:
-                self._append(state, *(sequence.shard.whole(x) for x in (k, v)), sequence.whole)
-            return sharded_local_linear(operands, sequence, self.options.settings, self.options.backend)
         if state is not None:
-            self._write(state, *self._ends(k, v, sequence), sequence.whole)
+            self._write_whole(state, k, v, sequence)
+        if self.options.window is None:
+            return sharded_local_linear(operands, sequence, self.options.settings, self.options.backend)
         return self._attend(operands, sequence, self._halo(k, v, sequence))
 
     def _attend(self, operands: Operands, sequence: Sequence, before=None) -> tuple[torch.Tensor, Statistics]:
@@ -199,16 +188,6 @@ class LocalLinear(Window):
             "ridge": ridge.detach().float().mean(),
         }
 
-    def _append(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
-        for name, new in (("key", k), ("value", v)):
-            cache = reserve(state[name], max(sequence.totals))
-            state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
-
-    def _before(self, state: State, row: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.options.window is not None:
-            return super()._before(state, row, offset)
-        return tuple(state[name][row, :, :offset].transpose(0, 1) for name in ("key", "value"))
-
     def _check_state(self, state: State) -> None:
         slots, expected = self.options.window, (self.options.kv_heads, self.options.head_dim)
         for name in ("key", "value"):
@@ -224,28 +203,6 @@ class LocalLinear(Window):
         super().check_sharding(options, layout, ring, ulysses)
         if options.window is None:
             plan_heads(options.heads, options.kv_heads, ulysses)
-
-    def new_state(
-        self,
-        batch: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        capacity: int = 0,
-    ) -> State:
-        shape = (batch, self.options.kv_heads, self._slots(capacity), self.options.head_dim)
-        place = self._place(device, dtype)
-        return {
-            "key": torch.zeros(shape, **place),
-            "value": torch.zeros(shape, **place),
-            "position": torch.zeros(batch, dtype=torch.int64),
-        }
-
-    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
-        item = self._place(None, dtype)["dtype"].itemsize
-        return self._slots(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
-
-    def _slots(self, length: int) -> int:
-        return slots_for(length) if self.options.window is None else self.options.window
 
     def flops(self, length: int, causal: bool = True) -> float:
         """The operator as it is defined, matrices in full, whichever solver runs; the solve itself is not counted."""

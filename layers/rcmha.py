@@ -9,17 +9,15 @@ from torch import nn
 
 from farspan.kernels.attention_statistics.relative import RelativeMap
 from farspan.kernels.relative import Sinusoid, Table, relative_attention, relative_step
-from farspan.kernels.softmax import write_slots
 from farspan.layers.attention import Projections
 from farspan.layers.attention_tap import MapWeights, Weights, offer
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
+from farspan.layers.optional_window import OptionalWindow
 from farspan.layers.rcmha_convolution import INITIALS, HeadConvolution
 from farspan.layers.rcmha_sharding import sharded_relative
 from farspan.layers.sequence import Sequence
-from farspan.layers.softmax import reserve, slots_for
-from farspan.layers.titans_relay import halo, last_rows
-from farspan.layers.titans_state import entering_tails, store
-from farspan.layers.window import Window
+from farspan.layers.short_convolution import entering_tails, tails_before, tails_of_documents
+from farspan.layers.state import store
 from farspan.parallel.heads import plan_heads
 from farspan.parallel.layout import LAYOUTS
 
@@ -74,7 +72,7 @@ class RCMHAOptions(GroupedOptions):
 
 
 @register("rcmha", RCMHAOptions)
-class RCMHA(Window):
+class RCMHA(OptionalWindow):
     """State: the rows before the next token that the convolutions read, not yet convolved; every convolved key and
     value so far as in `softmax`, or with a window a ring of the last ones.
 
@@ -140,10 +138,10 @@ class RCMHA(Window):
         """projected: [1, T, C], queries, keys and values side by side; brings the state's tail up to date."""
         start = projected.new_zeros(1, self.convolution.reach, projected.shape[2])
         if sequence.shard is not None:
-            tails = halo(projected, start, sequence)
+            tails = tails_before(projected, start, sequence)
             mixed, _ = self.convolution(projected, tails, sequence.lengths)
             if state is not None:
-                store(state, {"tail": last_rows(projected, start, sequence)})
+                store(state, {"tail": tails_of_documents(projected, start, sequence)})
             return mixed
         tails = entering_tails(None if state is None else state["tail"], start, sequence.offsets)
         mixed, tails = self.convolution(projected, tails, sequence.lengths)
@@ -155,18 +153,12 @@ class RCMHA(Window):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None
     ) -> torch.Tensor:
         """q: [1, T, H, D]; k, v: [1, T, Hk, D]. Returns [1, T, H, D]; brings the state's keys and values up to date."""
-        window = self.options.window
         if sequence.shard is not None:
             return self._on_shard(q, k, v, sequence, state)
         if state is None:
             return self._attend(q, k, v, sequence)
-        before = None
-        if not sequence.fresh and not sequence.single_tokens:
-            before = tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
-        if window is not None:
-            self._write(state, *self._last(k, v, sequence), sequence)
-        else:
-            self._append(state, k, v, sequence)
+        before = self._entering(state, sequence)
+        self._write_new(state, k, v, sequence)
         return self._step(q, sequence, state) if sequence.single_tokens else self._attend(q, k, v, sequence, before)
 
     def _attend(self, q, k, v, sequence: Sequence, before=None) -> torch.Tensor:
@@ -175,7 +167,7 @@ class RCMHA(Window):
 
     def _step(self, q: torch.Tensor, sequence: Sequence, state: State) -> torch.Tensor:
         window, at = self.options.window, sequence.positions[:, None]
-        used = slots_for(max(sequence.totals)) if window is None else window
+        used = self._used(sequence)
         slots = torch.arange(used, device=q.device)
         distances = at - slots
         if window is not None:
@@ -185,23 +177,11 @@ class RCMHA(Window):
         return relative_step(q.transpose(0, 1), *caches, *self.biases(), distances, used - 1).transpose(0, 1)
 
     def _on_shard(self, q, k, v, sequence: Sequence, state: State | None) -> torch.Tensor:
-        if self.options.window is None:
-            if state is not None:
-                self._append(state, *(sequence.shard.whole(x) for x in (k, v)), sequence.whole)
-            return sharded_relative(q, k, v, *self.biases(), sequence, self.options.backend)
         if state is not None:
-            self._write(state, *self._ends(k, v, sequence), sequence.whole)
+            self._write_whole(state, k, v, sequence)
+        if self.options.window is None:
+            return sharded_relative(q, k, v, *self.biases(), sequence, self.options.backend)
         return self._attend(q, k, v, sequence, self._halo(k, v, sequence))
-
-    def _append(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
-        for name, new in (("key", k), ("value", v)):
-            cache = reserve(state[name], max(sequence.totals))
-            state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
-
-    def _before(self, state: State, row: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.options.window is not None:
-            return super()._before(state, row, offset)
-        return tuple(state[name][row, :, :offset].transpose(0, 1) for name in ("key", "value"))
 
     @classmethod
     def check_sharding(cls, options: RCMHAOptions, layout: str, ring: int, ulysses: int) -> None:
@@ -216,22 +196,12 @@ class RCMHA(Window):
         dtype: torch.dtype | None = None,
         capacity: int = 0,
     ) -> State:
-        place = self._place(device, dtype)
-        shape = (batch, self.options.kv_heads, self._slots(capacity), self.options.head_dim)
-        return {
-            "key": torch.zeros(shape, **place),
-            "value": torch.zeros(shape, **place),
-            "tail": torch.zeros(batch, self.convolution.reach, self.convolution.channels, **place),
-            "position": torch.zeros(batch, dtype=torch.int64),
-        }
+        tail = torch.zeros(batch, self.convolution.reach, self.convolution.channels, **self._place(device, dtype))
+        return super().new_state(batch, device, dtype, capacity) | {"tail": tail}
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         item = self._place(None, dtype)["dtype"].itemsize
-        cached = self._slots(length) * 2 * self.options.kv_heads * self.options.head_dim
-        return (cached + self.convolution.reach * self.convolution.channels) * item + 8
-
-    def _slots(self, length: int) -> int:
-        return slots_for(length) if self.options.window is None else self.options.window
+        return super().state_bytes(length, dtype) + self.convolution.reach * self.convolution.channels * item
 
     def flops(self, length: int, causal: bool = True) -> float:
         """Two products of the definition with keys and values, and one with distances; convolutions are not counted."""

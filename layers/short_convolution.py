@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from farspan.layers.halo import last_rows, rows_before
+from farspan.layers.sequence import Sequence
+from farspan.layers.state import new_rows, where_new
+
 
 class ShortConvolution(nn.Module):
     """y_t = sum over j < width of weight[j] * x_(t - width + 1 + j), per channel; width 0 leaves x as it is."""
@@ -62,3 +66,31 @@ class ShortConvolution(nn.Module):
         for j in range(1, self.width):
             y = torch.addcmul(y, x[:, j : j + length], taps[j])
         return y
+
+
+def entering_tails(tails: torch.Tensor | None, start: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:
+    """The rows [documents, reach, C] before these tokens: `start` [1, reach, C] where a document has seen none, else
+    its row of a state's `tails`.
+    """
+    if tails is None or not any(offsets):
+        return start.expand(len(offsets), *start.shape[1:])
+    return tails if all(offsets) else where_new(new_rows(offsets, tails.device), start.to(tails.dtype), tails)
+
+
+def tails_before(x: torch.Tensor, start: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """The rows [pieces, reach, C] before each piece of this shard, of x [1, n, C]; start: as in `entering_tails`."""
+    return _tails(rows_before, x, start, sequence, sequence.offsets)
+
+
+def tails_of_documents(x: torch.Tensor, start: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """The last rows [documents, reach, C] of every document of the whole row, on every rank; as `tails_before`."""
+    return _tails(last_rows, x, start, sequence, sequence.shard.lengths)
+
+
+def _tails(fetched, x: torch.Tensor, start: torch.Tensor, sequence: Sequence, before: tuple[int, ...]) -> torch.Tensor:
+    """before: how many rows of its document there are for each tail."""
+    reach = start.shape[1]
+    if not reach:
+        return start.expand(len(before), *start.shape[1:])
+    parts = fetched(x[0], reach, sequence).split([min(reach, count) for count in before])
+    return torch.stack([torch.cat([start[0, len(part) :].to(part.dtype), part]) for part in parts])

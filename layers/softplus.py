@@ -7,15 +7,14 @@ from dataclasses import dataclass, fields
 import torch
 
 from farspan.kernels.attention_statistics.softplus import SoftplusMap
-from farspan.kernels.softmax import write_slots
 from farspan.kernels.softplus import Config, attend, normalise, softplus_step
 from farspan.layers.attention import Projections
 from farspan.layers.attention_tap import MapWeights, Weights
 from farspan.layers.mixer import GroupedOptions, Mixer, State, register
+from farspan.layers.optional_window import OptionalWindow
 from farspan.layers.rotary import Rope
 from farspan.layers.sequence import Sequence
-from farspan.layers.softmax import reserve, slots_for
-from farspan.layers.window import Window
+from farspan.layers.softmax import slots_for
 from farspan.parallel.comm import exchange
 from farspan.parallel.fetch import FetchPlan, plan_fetch
 from farspan.parallel.heads import grouped_to_heads, plan_heads, to_tokens
@@ -52,7 +51,7 @@ class SoftplusOptions(GroupedOptions):
 
 
 @register("softplus", SoftplusOptions)
-class Softplus(Window):
+class Softplus(OptionalWindow):
     """LSSA (power 0) or LSSAR attention. State: normalised keys, and values; every one so far in a cache that grows by
     blocks, or with a window a ring of the last ones.
 
@@ -81,16 +80,11 @@ class Softplus(Window):
             return self._sharded(q, k, v, sequence)
         if state is None:
             return self._attend(q, k, v, sequence)
-        before = None
-        if not sequence.fresh and not sequence.single_tokens:
-            before = tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
+        before = self._entering(state, sequence)
         self._write_new(state, k, v, sequence)
         if not sequence.single_tokens:
             return self._attend(q, k, v, sequence, before)
-        keys, values = state["key"], state["value"]
-        if self.config.window is None:
-            used = slots_for(max(sequence.totals))
-            keys, values = keys[:, :, :used], values[:, :, :used]
+        keys, values = (state[name][:, :, : self._used(sequence)] for name in ("key", "value"))
         counts = self.config.visible(sequence.positions)
         return softplus_step(q.transpose(0, 1), keys, values, counts, self.config).transpose(0, 1)
 
@@ -101,26 +95,6 @@ class Softplus(Window):
 
     def _attend(self, q, k, v, sequence, before=None) -> torch.Tensor:
         return attend(q, k, v, sequence.lengths, self.config, before, self.options.backend)
-
-    def _before(self, state: State, row: int, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.config.window is not None:
-            return super()._before(state, row, offset)
-        return tuple(state[name][row, :, :offset].transpose(0, 1) for name in ("key", "value"))
-
-    def _write_new(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
-        """Keys and values of whole documents [1, T, Hk, D] into the state."""
-        if self.config.window is not None:
-            return self._write(state, *self._last(k, v, sequence), sequence)
-        for name, new in (("key", k), ("value", v)):
-            cache = reserve(state[name], max(sequence.totals))
-            state[name] = write_slots(cache, sequence.document_of_token, sequence.positions, new[0])
-
-    def _write_whole(self, state: State, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> None:
-        """Of a shard, the whole documents' keys and values into the state of every rank."""
-        if self.config.window is not None:
-            return self._write(state, *self._ends(k, v, sequence), sequence.whole)
-        k, v = (sequence.shard.whole(x) for x in (k, v))
-        return self._write_new(state, k, v, sequence.whole)
 
     def _check_state(self, state: State, sequence: Sequence) -> None:
         _, heads, slots, head_dim = state["key"].shape
@@ -168,27 +142,6 @@ class Softplus(Window):
     def check_sharding(cls, options: SoftplusOptions, layout: str, ring: int, ulysses: int) -> None:
         super().check_sharding(options, layout, ring, ulysses)
         plan_heads(options.heads, options.kv_heads, ulysses)
-
-    def new_state(
-        self,
-        batch: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        capacity: int = 0,
-    ) -> State:
-        slots = slots_for(capacity) if self.config.window is None else self.config.window
-        shape = (batch, self.options.kv_heads, slots, self.options.head_dim)
-        place = self._place(device, dtype)
-        return {
-            "key": torch.zeros(shape, **place),
-            "value": torch.zeros(shape, **place),
-            "position": torch.zeros(batch, dtype=torch.int64),
-        }
-
-    def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
-        slots = slots_for(length) if self.config.window is None else self.config.window
-        item = self._place(None, dtype)["dtype"].itemsize
-        return slots * 2 * self.options.kv_heads * self.options.head_dim * item + 8
 
     def flops(self, length: int, causal: bool = True) -> float:
         """Of the two products of the definition; the kernels' passes over the keys are in docs/softplus.md."""

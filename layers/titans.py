@@ -12,26 +12,24 @@ from farspan.layers.attention_tap import SoftmaxWeights, offer
 from farspan.layers.mixer import Mixed, Mixer, State, register
 from farspan.layers.rotary import rope_tables
 from farspan.layers.sequence import Sequence
+from farspan.layers.short_convolution import entering_tails, tails_before, tails_of_documents
+from farspan.layers.state import store, where_new
 from farspan.layers.titans_join import Join
 from farspan.layers.titans_mac import MemoryAsContext
 from farspan.layers.titans_memory import NeuralMemory, Start
 from farspan.layers.titans_options import TitansOptions
 from farspan.layers.titans_pieces import Row
-from farspan.layers.titans_relay import halo, last_rows
 from farspan.layers.titans_shard import final_states, mac_on_shard, memory_on_shard
 from farspan.layers.titans_state import (
     Shapes,
     check_state,
     entering,
-    entering_tails,
     entries,
     keep_persistent,
     may_be,
     memory_shapes,
     memory_state,
     mixed,
-    store,
-    where_new,
 )
 from farspan.layers.titans_window import PersistentWindow
 from farspan.parallel.heads import plan_heads
@@ -107,12 +105,12 @@ class Titans(Mixer):
         layer, options = self.memory, self.options
         initial = layer.memory(x.dtype)
         if sequence.shard is not None:
-            tails = halo(projected, start.tail, sequence)
+            tails = tails_before(projected, start.tail, sequence)
             inputs, _ = layer.inputs(projected, x, tails, sequence.lengths)
             y, finals = memory_on_shard(layer, inputs, initial, start, sequence)
             if state is not None:
                 store(state, final_states(finals, sequence, options, by_heads=True))
-                store(state, {"tail": last_rows(projected, start.tail, sequence)})
+                store(state, {"tail": tails_of_documents(projected, start.tail, sequence)})
             return y, memory_metrics(inputs.gates, finals, options)
         if state is not None and sequence.single_tokens:
             known, tails = memory_state(state, options), state["tail"]
@@ -144,7 +142,7 @@ class Titans(Mixer):
         reads = part.read_query(x)
         before = reads.new_zeros(1, part.read_convolution.reach, reads.shape[-1])
         if sequence.shard is not None:
-            tails = halo(reads, before, sequence)
+            tails = tails_before(reads, before, sequence)
         elif stepping:
             new = sequence.positions == 0
             tails = where_new(new, before.to(state["read_tail"].dtype), state["read_tail"])
@@ -162,7 +160,7 @@ class Titans(Mixer):
             out, finals, gates = mac_on_shard(part, layer, initial, row, start, sequence, state is not None)
             if state is not None:
                 store(state, final_states(finals, sequence, options, by_heads=False))
-                store(state, {"read_tail": last_rows(reads, before, sequence)})
+                store(state, {"read_tail": tails_of_documents(reads, before, sequence)})
             return Mixed(out, metrics=memory_metrics(gates, finals, options))
         carry = dict(state) if state is not None else {}
         carry |= entries(entering(state, start, sequence.offsets, options), options)

@@ -21,11 +21,12 @@ from farspan.layers.mixer import State
 from farspan.layers.rotary import rope_tables, rotate
 from farspan.layers.sequence import Sequence
 from farspan.layers.short_convolution import ShortConvolution
+from farspan.layers.state import where_new
 from farspan.layers.titans_join import Join
 from farspan.layers.titans_memory import NeuralMemory, unit
 from farspan.layers.titans_options import TitansOptions
 from farspan.layers.titans_pieces import Pair, Rope, Row, Turn, turns
-from farspan.layers.titans_state import Shapes, entries, may_be, memory_state, where_new
+from farspan.layers.titans_state import Shapes, entries, may_be, memory_state
 
 
 class MemoryAsContext(nn.Module):

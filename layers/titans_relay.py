@@ -1,4 +1,4 @@
-"""What the Titans memory needs of other ranks: the state that enters a segment, and the rows before one."""
+"""What the Titans memory needs of other ranks: the state that enters a segment."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from farspan.layers.sequence import Sequence as Tokens
 from farspan.parallel import Shard
-from farspan.parallel.fetch import FetchPlan, fetch, plan_fetch
-from farspan.parallel.layout import Piece, Segment
+from farspan.parallel.layout import Piece
 from farspan.parallel.scan import relay
 
 
@@ -58,42 +56,3 @@ class Reaching(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         return gradient, *(torch.zeros_like(x, device=gradient.device) for x in ctx.like)
-
-
-def halo(x: torch.Tensor, start: torch.Tensor, sequence: Tokens) -> torch.Tensor:
-    """The rows [pieces, reach, C] before each piece of this shard, of x [1, n, C], for a convolution.
-
-    start: [1, reach, C], before each document's first token.
-    """
-    shard, reach = sequence.shard, start.shape[1]
-    if not reach:
-        return start.expand(len(sequence.lengths), *start.shape[1:])
-
-    def plan() -> FetchPlan:
-        wanted = [
-            [Segment(p.start - min(reach, p.offset), min(reach, p.offset)) for p in shard.pieces_of(rank)]
-            for rank in range(shard.axis.size)
-        ]
-        return plan_fetch(shard.layout, wanted, shard.axis.rank).to(x.device)
-
-    fetched = fetch(x[0], sequence.table(("halo", reach), plan), shard.axis)
-    return _after(start, fetched.split([min(reach, offset) for offset in sequence.offsets]))
-
-
-def last_rows(x: torch.Tensor, start: torch.Tensor, sequence: Tokens) -> torch.Tensor:
-    """The last rows [documents, reach, C] of every document of the whole row, on every rank; as `halo`."""
-    shard, reach = sequence.shard, start.shape[1]
-    if not reach:
-        return start.expand(len(shard.lengths), *start.shape[1:])
-
-    def plan() -> FetchPlan:
-        documents = zip(shard.starts, shard.lengths, strict=True)
-        ends = [Segment(start + max(0, n - reach), min(n, reach)) for start, n in documents]
-        return plan_fetch(shard.layout, [ends] * shard.axis.size, shard.axis.rank).to(x.device)
-
-    fetched = fetch(x[0], sequence.table(("ends", reach), plan), shard.axis)
-    return _after(start, fetched.split([min(n, reach) for n in shard.lengths]))
-
-
-def _after(start: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([torch.cat([start[0, len(part) :].to(part.dtype), part]) for part in parts])

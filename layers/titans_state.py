@@ -8,6 +8,7 @@ import torch
 
 from farspan.kernels.titans.state import MemoryState
 from farspan.layers.mixer import State
+from farspan.layers.state import new_rows, where_new
 from farspan.layers.titans_memory import Start
 from farspan.layers.titans_options import TitansOptions
 
@@ -70,11 +71,6 @@ def begin(start: Start, documents: int, options: TitansOptions) -> MemoryState:
     return at_refresh(weights, momentum, options)
 
 
-def where_new(new: torch.Tensor, initial: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Rows of `initial` (batch 1 or that of `new`) where the bool [documents] says so, of `known` elsewhere."""
-    return torch.where(new.view(-1, *[1] * (known.ndim - 1)), initial, known)
-
-
 def entering(state: State | None, start: Start | None, offsets: tuple[int, ...], options: TitansOptions) -> MemoryState:
     """What each document stands at before these tokens: `start` where it has seen none, else its row of the state."""
     if state is None or not any(offsets):
@@ -91,17 +87,6 @@ def mixed(known: MemoryState, start: Start, new: torch.Tensor, options: TitansOp
     )
 
 
-def entering_tails(tails: torch.Tensor | None, start: torch.Tensor, offsets: tuple[int, ...]) -> torch.Tensor:
-    """The rows [documents, reach, C] before these tokens, for the convolutions; start: [1, reach, C]."""
-    if tails is None or not any(offsets):
-        return start.expand(len(offsets), *start.shape[1:])
-    return tails if all(offsets) else where_new(new_rows(offsets, tails.device), start.to(tails.dtype), tails)
-
-
-def new_rows(offsets: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor([offset == 0 for offset in offsets], device=device)
-
-
 def may_be(flags: torch.Tensor) -> bool:
     """Whether any is set; on a GPU the host does not wait to know, and takes it that some are."""
     return not flags.is_cpu or bool(flags.any())
@@ -116,16 +101,6 @@ def keep_persistent(state: State, rows: tuple[torch.Tensor, torch.Tensor], new: 
             state[name] = torch.cat([kept, cache[:, :, count:]], dim=2)
         else:
             cache[:, :, :count] = kept
-
-
-def store(state: State, new: Mapping[str, torch.Tensor]) -> None:
-    """Bring entries up to date: in place, unless gradients are recorded; then the tensors are replaced."""
-    for name, value in new.items():
-        old = state[name]
-        if torch.is_grad_enabled() and (value.requires_grad or old.requires_grad):
-            state[name] = value.to(old.dtype)
-        elif value is not old:
-            old.copy_(value)
 
 
 def check_state(state: State, shapes: Shapes, documents: int) -> None:

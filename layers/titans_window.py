@@ -9,8 +9,9 @@ from farspan.kernels.window.prefix import prefix_window_attention
 from farspan.layers.attention_tap import offer
 from farspan.layers.mixer import State
 from farspan.layers.sequence import Sequence
+from farspan.layers.state import new_rows
 from farspan.layers.titans_options import TitansOptions
-from farspan.layers.titans_state import keep_persistent, new_rows
+from farspan.layers.titans_state import keep_persistent
 from farspan.layers.window import Window, WindowOptions
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -10,11 +10,11 @@ from farspan.kernels.softmax import attention_step, write_slots
 from farspan.kernels.window import window_attention
 from farspan.layers.attention import Projections
 from farspan.layers.attention_tap import SoftmaxWeights, Weights, offer
+from farspan.layers.halo import last_rows, rows_before
 from farspan.layers.mixer import Mixed, Mixer, State, register
 from farspan.layers.sequence import Sequence
 from farspan.layers.softmax import SoftmaxOptions
-from farspan.parallel.fetch import FetchPlan, fetch, plan_fetch
-from farspan.parallel.layout import LAYOUTS, Segment
+from farspan.parallel.layout import LAYOUTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,9 @@ class Window(Mixer):
             self._write(state, *self._last(k, v, sequence), sequence)
             counts = (sequence.positions + 1).clamp(max=self.options.window)
             return attention_step(q.transpose(0, 1), state["key"], state["value"], counts).transpose(0, 1)
-        before = (
-            None
-            if sequence.fresh
-            else tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
-        )
+        before = None
+        if not sequence.fresh:
+            before = tuple(self._before(state, *document) for document in enumerate(sequence.offsets))
         self._write(state, *self._last(k, v, sequence), sequence)
         return self._attend(q, k, v, sequence, before)
 
@@ -108,34 +106,14 @@ class Window(Mixer):
         return sequence.table(("ring", window), lambda: ring_slots(sequence, window))
 
     def _halo(self, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> tuple[tuple[torch.Tensor, ...], ...]:
-        """Of a shard, the keys and values before each piece, as far as its first token sees; possibly none.
-
-        Every piece takes its part, so that every rank's backward pass comes by the exchange.
-        """
-        shard, reach = sequence.shard, self.options.window - 1
-
-        def plan() -> FetchPlan:
-            wanted = [
-                [Segment(p.start - min(reach, p.offset), min(reach, p.offset)) for p in shard.pieces_of(rank)]
-                for rank in range(shard.axis.size)
-            ]
-            return plan_fetch(shard.layout, wanted, shard.axis.rank).to(k.device)
-
-        counts = [min(reach, offset) for offset in sequence.offsets]
-        halo = fetch(torch.stack([k[0], v[0]], dim=1), sequence.table(("halo", reach), plan), shard.axis)
-        return tuple(part.unbind(1) for part in halo.split(counts))
+        """Of a shard, the keys and values before each piece, as far as its first token sees; possibly none."""
+        reach = self.options.window - 1
+        halo = rows_before(torch.stack([k[0], v[0]], dim=1), reach, sequence)
+        return tuple(part.unbind(1) for part in halo.split([min(reach, offset) for offset in sequence.offsets]))
 
     def _ends(self, k: torch.Tensor, v: torch.Tensor, sequence: Sequence) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a shard, what `_last` returns for the whole row, on every rank."""
-        shard, window = sequence.shard, self.options.window
-
-        def plan() -> FetchPlan:
-            documents = zip(shard.starts, shard.lengths, strict=True)
-            ends = [Segment(start + max(0, n - window), min(n, window)) for start, n in documents]
-            return plan_fetch(shard.layout, [ends] * shard.axis.size, shard.axis.rank).to(k.device)
-
-        ends = fetch(torch.stack([k[0], v[0]], dim=1), sequence.table(("ends", window), plan), shard.axis)
-        return ends.unbind(1)
+        return last_rows(torch.stack([k[0], v[0]], dim=1), self.options.window, sequence).unbind(1)
 
     def new_state(
         self,
@@ -144,7 +122,7 @@ class Window(Mixer):
         dtype: torch.dtype | None = None,
         capacity: int = 0,
     ) -> State:
-        shape = (batch, self.options.kv_heads, self.options.window, self.options.head_dim)
+        shape = (batch, self.options.kv_heads, self._slots(capacity), self.options.head_dim)
         place = self._place(device, dtype)
         return {
             "key": torch.zeros(shape, **place),
@@ -154,7 +132,11 @@ class Window(Mixer):
 
     def state_bytes(self, length: int, dtype: torch.dtype | None = None) -> int:
         item = self._place(None, dtype)["dtype"].itemsize
-        return self.options.window * 2 * self.options.kv_heads * self.options.head_dim * item + 8
+        return self._slots(length) * 2 * self.options.kv_heads * self.options.head_dim * item + 8
+
+    def _slots(self, length: int) -> int:
+        """Of the state for a context of that length."""
+        return self.options.window
 
     def flops(self, length: int, causal: bool = True) -> float:
         reach = min(length, self.options.window)

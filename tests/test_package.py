@@ -62,11 +62,13 @@ def run(code):
 
 
 def test_import_is_light():
-    """The design allows one second beyond transformers' PreTrainedModel; it takes a tenth of it."""
+    """The design allows one second beyond transformers' PreTrainedModel; it takes a tenth of it. CPU time, which other
+    work on the machine does not change.
+    """
     code = (
-        "import time; from transformers import PreTrainedModel; import sys; t = time.perf_counter()\n"
+        "import time; from transformers import PreTrainedModel; import sys; t = time.process_time()\n"
         "import farspan; farspan.DecoderForCausalLM\n"
-        f"print(time.perf_counter() - t); print(*(m for m in {LAZY!r} if m in sys.modules))"
+        f"print(time.process_time() - t); print(*(m for m in {LAZY!r} if m in sys.modules))"
     )
     result = run(code)
     assert result.returncode == 0, result.stderr

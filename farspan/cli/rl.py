@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from farspan.cli import rl_inspect
-from farspan.cli.train import RUNS
+from farspan.cli.runs import RUNS, DryRun, Name, Processes, Recipe, Resume, checks_folder, start, with_name
 
 if TYPE_CHECKING:
     from farspan.lm.rl.inputs import RLInputs
@@ -37,19 +37,12 @@ app.command()(rl_inspect.inspect)
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Recipe,
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change: `credit.strategy=local`.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its newest whole checkpoint.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
-    nproc: Annotated[
-        int | None,
-        typer.Option("--nproc", help="Processes on this machine; default: one per GPU, or one.", show_default=False),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the run folder in runs/; default: the recipe's.")
-    ] = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    nproc: Processes = None,
+    name: Name = None,
 ) -> None:
     """Train a policy by GRPO with credit from attention, into the folder runs/NAME. `farspan rl RECIPE` is the same.
 
@@ -59,7 +52,7 @@ def train(
     from farspan.lm.rl.spec import RLRecipe
     from farspan.lm.train import launch
 
-    given = [*(overrides or []), *([f"name={name}"] if name else [])]
+    given = with_name(overrides, name)
     loaded = read_recipe(RLRecipe, recipe, given)
     if launch.is_worker():
         processes = int(os.environ["WORLD_SIZE"])
@@ -72,14 +65,13 @@ def train(
         return
 
     from farspan.lm.rl.inputs import open_rl_inputs
-    from farspan.lm.train.run import RunFolder, TrainingFailed
-    from farspan.parallel.watch import RankLost
+    from farspan.lm.train.run import RunFolder
 
     if not launch.is_worker():
         launch.check_processes(processes)
     folder = RunFolder(RUNS, loaded.name)
     inputs = open_rl_inputs(loaded)
-    if not launch.is_worker() or os.environ["RANK"] == "0":  # other ranks may already see what rank 0 makes
+    if checks_folder():
         folder.check(loaded, inputs, resume)
     summary = folder.summary()
     if summary is not None:
@@ -87,15 +79,7 @@ def train(
 
         print_rl_summary(folder.path, summary)
         return
-    try:
-        if not launch.is_worker() and processes > 1:
-            arguments = ["rl", str(recipe), *given, *(["--resume"] if resume else [])]
-            launch.launch(arguments, processes, folder.path / "logs")
-        else:
-            _work(loaded, inputs, folder, processes)
-    except (launch.LaunchFailed, RankLost, TrainingFailed) as error:
-        typer.echo(f"failed: {error}", err=True)
-        raise typer.Exit(1) from None
+    start(["rl", str(recipe), *given], resume, processes, folder, lambda: _work(loaded, inputs, folder, processes))
 
 
 @app.command()

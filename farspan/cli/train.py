@@ -1,33 +1,24 @@
 """`farspan train`: a recipe becomes a run folder."""
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farspan.cli.runs import RUNS, DryRun, Name, Processes, Recipe, Resume, checks_folder, start, with_name
+
 if TYPE_CHECKING:
-    from farspan.lm.recipe import Recipe
+    from farspan.lm.recipe import Recipe as TrainingRecipe
     from farspan.lm.train.inputs import Inputs
     from farspan.lm.train.run import RunFolder
 
-RUNS = Path("runs")
-
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    recipe: Recipe,
     overrides: Annotated[list[str] | None, typer.Argument(help="Values to change: `optimizer.lr=0.01`.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its newest whole checkpoint.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained, and stop.")] = False,
-    nproc: Annotated[
-        int | None,
-        typer.Option("--nproc", help="Processes on this machine; default: one per GPU, or one.", show_default=False),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name of the run folder in runs/; default: the recipe's.")
-    ] = None,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    nproc: Processes = None,
+    name: Name = None,
 ) -> None:
     """Train a model from a recipe into the folder runs/NAME.
 
@@ -35,7 +26,7 @@ def train(
     """
     from farspan.lm.recipe import load_recipe
 
-    given = [*(overrides or []), *([f"name={name}"] if name else [])]
+    given = with_name(overrides, name)
     loaded = load_recipe(recipe, given)
     if dry_run:
         _print_plan(loaded, nproc)
@@ -43,8 +34,7 @@ def train(
 
     from farspan.lm.train import launch
     from farspan.lm.train.inputs import open_inputs
-    from farspan.lm.train.run import RunFolder, TrainingFailed
-    from farspan.parallel.watch import RankLost
+    from farspan.lm.train.run import RunFolder
 
     if launch.is_worker():
         processes = launch.local_processes()
@@ -59,7 +49,7 @@ def train(
         from farspan.eval.in_training import needle_specs
 
         needle_specs(loaded)
-    if not launch.is_worker() or os.environ["RANK"] == "0":  # other ranks may already see what rank 0 makes
+    if checks_folder():
         folder.check(loaded, inputs, resume)
     summary = folder.summary()
     if summary is not None:
@@ -67,19 +57,10 @@ def train(
 
         print_summary(folder.path, summary)
         return
-    try:
-        if not launch.is_worker() and processes > 1:
-            launch.launch(
-                ["train", str(recipe), *given, *(["--resume"] if resume else [])], processes, folder.path / "logs"
-            )
-        else:
-            _work(loaded, inputs, folder, processes)
-    except (launch.LaunchFailed, RankLost, TrainingFailed) as error:
-        typer.echo(f"failed: {error}", err=True)
-        raise typer.Exit(1) from None
+    start(["train", str(recipe), *given], resume, processes, folder, lambda: _work(loaded, inputs, folder, processes))
 
 
-def _work(recipe: "Recipe", inputs: "Inputs", folder: "RunFolder", processes: int) -> None:
+def _work(recipe: "TrainingRecipe", inputs: "Inputs", folder: "RunFolder", processes: int) -> None:
     """Trains in this process, which is all of the job or one of its workers."""
     from farspan.lm.train import launch
     from farspan.lm.train.stop import Stop
@@ -93,13 +74,13 @@ def _work(recipe: "Recipe", inputs: "Inputs", folder: "RunFolder", processes: in
     launch.run_worker(lambda: run(recipe, inputs, folder, stop, own), folder.path / "logs")
 
 
-def _processes(recipe: "Recipe", asked: int | None) -> int:
+def _processes(recipe: "TrainingRecipe", asked: int | None) -> int:
     from farspan.lm.train import launch
 
     return launch.default_processes(recipe.rows, recipe.parallel.context_size) if asked is None else asked
 
 
-def _print_plan(recipe: "Recipe", processes: int | None) -> None:
+def _print_plan(recipe: "TrainingRecipe", processes: int | None) -> None:
     from rich.table import Table
 
     from farspan.lm.console import console

@@ -25,8 +25,8 @@ import torch
 from farspan.kernels.blocks import attention_block, attention_block_backward
 from farspan.kernels.cca.pieces import Piece
 from farspan.kernels.cca.plan import Block, Keys, blocks, far_blocks
+from farspan.kernels.workspace import LOG2E, Workspace, with_column
 
-LOG2E = math.log2(math.e)
 # Scores that a block holds at once, and the heads that it holds them of at most: few calls count for more than what
 # fits in the cache.
 SCORES = 4 * 1024 * 1024
@@ -70,7 +70,7 @@ def _attend_forward(
     q, k, v, core_k, core_v = _by_head(q, k, v, core_k, core_v)
     o = q.new_zeros(1, *q.transpose(0, 1).shape)
     out, lse = o[0].transpose(0, 1), torch.full(q.shape[:2], math.inf, dtype=q.dtype, device=q.device)
-    work = _Work(q)
+    work = Workspace(q)
     for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
         for heads in _heads(block, len(q), len(k)):
             _attend(work, block, heads, q, k, v, core_k, core_v, scale * LOG2E, core_bias * LOG2E, out, lse)
@@ -110,10 +110,10 @@ def _attend_backward(
     dq = torch.zeros_like(q)
     dk, dv, dcore_k, dcore_v = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in inputs[1:])
     of_tokens, of_cores = (
-        (_with_column(k, 1.0), _with_column(v, 1.0), dk, dv),
-        (_with_column(core_k, 1.0), _with_column(core_v, 1.0), dcore_k, dcore_v),
+        (with_column(k, 1.0), with_column(v, 1.0), dk, dv),
+        (with_column(core_k, 1.0), with_column(core_v, 1.0), dcore_k, dcore_v),
     )
-    work = _Work(q)
+    work = Workspace(q)
     for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
         for heads in _heads(block, len(q), len(k)):
             _attend_block_backward(work, block, heads, do, q, o, lse, of_tokens, of_cores, scale, core_bias * LOG2E, dq)
@@ -157,27 +157,6 @@ def _by_head(q, k, v, core_k, core_v) -> tuple[torch.Tensor, ...]:
     return q, k, v, core_k.contiguous(), core_v.contiguous()
 
 
-def _with_column(x: torch.Tensor, column: torch.Tensor | float) -> torch.Tensor:
-    """[..., D + 1]: x with a last channel, [...] or a number."""
-    wider = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
-    wider[..., :-1] = x
-    wider[..., -1] = column
-    return wider
-
-
-class _Work:
-    """Buffers that all blocks of a call write in turn: they stay in the cache, and no memory is asked for anew."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        self._like, self._buffers = like, {}
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = self._like.new_empty(size)
-        return self._buffers[name][:size].view(shape)
-
-
 def _heads(block: Block, heads: int, key_heads: int) -> Iterator[slice]:
     """Some query heads at a time, with all that share their key heads."""
     share = heads // key_heads
@@ -208,7 +187,7 @@ def _scores(buffer: torch.Tensor, keys: Keys, queries: torch.Tensor, k: torch.Te
     return buffer
 
 
-def _attend(work: _Work, block: Block, heads: slice, q, k, v, core_k, core_v, scale, bias, o, lse) -> None:
+def _attend(work: Workspace, block: Block, heads: slice, q, k, v, core_k, core_v, scale, bias, o, lse) -> None:
     """Writes o [H, T, D] and lse [H, T] for the block's queries and some heads."""
     queries = (q[heads, block.queries] * scale).contiguous()
     parts = []
@@ -218,7 +197,7 @@ def _attend(work: _Work, block: Block, heads: slice, q, k, v, core_k, core_v, sc
     ):
         if keys is not None:
             read, values = (_of(x, heads, len(q)) for x in (read, values))
-            buffer = work.take(name, *queries.shape[:2], keys.count)
+            buffer = work.get(name, *queries.shape[:2], keys.count)
             parts.append((_scores(buffer, keys, queries, read, added), values[:, keys.rows]))
     largest = parts[0][0].amax(-1, keepdim=True)
     for scores, _ in parts[1:]:
@@ -242,24 +221,24 @@ def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Te
 
 
 def _attend_block_backward(
-    work: _Work, block: Block, heads: slice, do, q, o, lse, of_tokens, of_cores, scale: float, bias: float, dq
+    work: Workspace, block: Block, heads: slice, do, q, o, lse, of_tokens, of_cores, scale: float, bias: float, dq
 ) -> None:
     """Adds the block's share to the gradients. of_tokens, of_cores: keys and values with a column of ones, and their
     gradients [Hk, D, N], for products that yield many keys are faster than those that yield few channels.
     """
     rows = heads, block.queries
-    queries = _with_column(q[rows] * (scale * LOG2E), lse[rows] * -LOG2E)
-    own_do = _with_column(do[rows], -(do[rows] * o[rows]).sum(-1))
+    queries = with_column(q[rows] * (scale * LOG2E), lse[rows] * -LOG2E)
+    own_do = with_column(do[rows], -(do[rows] * o[rows]).sum(-1))
     for name, keys, side, added in (("tokens", block.tokens, of_tokens, 0.0), ("cores", block.cores, of_cores, bias)):
         if keys is None:
             continue
         k, v, dk, dv = (_of(x, heads, len(q)) for x in side)
         shape, read = (*queries.shape[:2], keys.count), keys.rows
-        p = _per_key_head(_scores(work.take(name, *shape), keys, queries, k, added).exp2_(), len(k))
+        p = _per_key_head(_scores(work.get(name, *shape), keys, queries, k, added).exp2_(), len(k))
         grouped_do, grouped_q = _per_key_head(own_do, len(k)), _per_key_head(queries, len(k))
-        share = work.take("share", len(k), dv.shape[1], keys.count)
+        share = work.get("share", len(k), dv.shape[1], keys.count)
         dv[..., read].add_(torch.bmm(grouped_do[..., :-1].mT, p, out=share))
-        ds = work.take("gradients", *p.shape)
+        ds = work.get("gradients", *p.shape)
         torch.bmm(grouped_do, v[:, read].mT, out=ds).mul_(p)
         dk[..., read].add_(torch.bmm(grouped_q[..., :-1].mT, ds, out=share), alpha=1 / LOG2E)
         dq[rows].add_(torch.bmm(ds, k[:, read, :-1]).view(dq[rows].shape), alpha=scale)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from farspan.kernels.blocks import hidden_mask
 from farspan.kernels.relative.spans import Span, unflat
+from farspan.kernels.workspace import LOG2E, Workspace, with_column
 
-LOG2E = math.log2(math.e)
 # Queries of a block, and scores that it holds at once: a few MB of fp32, which stay in the cache.
 ROWS = 128
 SCORES = 1024 * 1024
@@ -33,19 +34,6 @@ class Block:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.keys.stop - self.keys.start
-
-
-class Buffers:
-    """Memory that all blocks of a call write in turn: it stays in the cache, and none is asked for anew."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        self._like, self._kept = like, {}
-
-    def take(self, name: str, *shape: int) -> torch.Tensor:
-        size = math.prod(shape)
-        if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = self._like.new_empty(size)
-        return self._kept[name][:size].view(shape)
 
 
 class Call:
@@ -78,7 +66,7 @@ class Call:
             self.queries, self.keys, self.values = (
                 with_column(a * factor, lse * -LOG2E), with_column(k, 1.0), with_column(v, 1.0)
             )  # fmt: skip
-        self.buffers = Buffers(self.queries)
+        self.work = Workspace(self.queries)
 
     def _positions(self, k: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """The rows of the table [P, R] at the keys' positions, [Hk, S, R]; the same for all heads."""
@@ -125,19 +113,18 @@ class Call:
                 hidden = key > at
                 if self.window is not None:
                     hidden |= key <= at - self.window
-                mask = torch.zeros(hidden.shape, dtype=self.queries.dtype, device=device)
-                found.append((slice(begin - first, end - first), mask.masked_fill_(hidden, -math.inf)))
+                found.append((slice(begin - first, end - first), hidden_mask(hidden, self.queries.dtype)))
         return tuple(found)
 
     def scores(self, block: Block, heads: slice) -> torch.Tensor:
         """[few, rows, keys], in base 2, -inf where hidden; given an lse less that."""
         count = heads.stop - heads.start
-        buffer = self.buffers.take("scores", count, *block.shape)
+        buffer = self.work.get("scores", count, *block.shape)
         keys = self.of(self.keys, heads)[:, block.keys]
         torch.bmm(self.per_key_head(self.queries[heads, block.rows]), keys.mT, out=self.per_key_head(buffer))
         if self.table is not None:
             table = self.table[heads, block.table_rows]
-            wide = self.buffers.take("positions", count, block.shape[0], table.shape[1])
+            wide = self.work.get("positions", count, block.shape[0], table.shape[1])
             torch.bmm(self.asked[heads, block.rows], table.mT, out=wide)
             buffer[..., block.far :].add_(skewed(wide, block))
             if block.far:
@@ -148,7 +135,7 @@ class Call:
 
     def by_distance(self, block: Block, ds: torch.Tensor) -> torch.Tensor:
         """Gradients of scores [few, rows, keys] brought to the distances of `block.table_rows`."""
-        wide = self.buffers.take("positions", *ds.shape[:2], block.table_rows.stop - block.table_rows.start).zero_()
+        wide = self.work.get("positions", *ds.shape[:2], block.table_rows.stop - block.table_rows.start).zero_()
         skewed(wide, block).copy_(ds[..., block.far :])
         if block.far:
             wide[..., 0].add_(ds[..., : block.far].sum(-1))
@@ -156,12 +143,7 @@ class Call:
 
     def fold(self, dtable: torch.Tensor) -> torch.Tensor:
         """The gradient of `table` as one of the table's own distances 0 .. L - 1: [H, L, R + 1]."""
-        found = dtable.new_zeros(len(dtable), self.distances, dtable.shape[2])
-        own = dtable[:, : dtable.shape[1] - ROWS + 1].flip(1)  # distances 0 .. farthest
-        kept = min(self.distances, own.shape[1])
-        found[:, :kept] = own[:, :kept]
-        found[:, -1] += own[:, self.distances :].sum(1)
-        return found
+        return fold(dtable[:, : dtable.shape[1] - ROWS + 1].flip(1), self.distances)
 
     def of(self, x: torch.Tensor, heads: slice) -> torch.Tensor:
         """Of keys or values [Hk, S, C], those that the query heads read."""
@@ -173,16 +155,19 @@ class Call:
         return x.reshape(len(x) * self.key_heads // self.heads, -1, x.shape[-1])
 
 
+def fold(found: torch.Tensor, distances: int) -> torch.Tensor:
+    """Gradients [H, n, ...] of the distances 0 .. n - 1 as those of a table's rows, [H, distances, ...], whose last row
+    is also that of larger distances.
+    """
+    kept = min(found.shape[1], distances)
+    folded = found.new_zeros(len(found), distances, *found.shape[2:])
+    folded[:, :kept] = found[:, :kept]
+    folded[:, -1] += found[:, distances:].sum(1)
+    return folded
+
+
 def skewed(wide: torch.Tensor, block: Block) -> torch.Tensor:
     """The view [few, rows, keys - far] of wide [few, rows, W] in which row m begins rows - 1 - m elements later."""
     few, rows, width = wide.shape
     strides = (rows * width, width - 1, 1)
     return wide.as_strided((few, rows, width - rows + 1), strides, wide.storage_offset() + rows - 1)
-
-
-def with_column(x: torch.Tensor, column: torch.Tensor | float) -> torch.Tensor:
-    """[..., C + 1]: x with a last channel, [...] or a number."""
-    wider = x.new_empty(*x.shape[:-1], x.shape[-1] + 1)
-    wider[..., :-1] = x
-    wider[..., -1] = column
-    return wider

@@ -24,7 +24,9 @@ from __future__ import annotations
 
 import torch
 
-from farspan.kernels.relative.blocks import LOG2E, Call, with_column
+from farspan.kernels.relative.blocks import Call
+from farspan.kernels.relative.gradients import differentiate
+from farspan.kernels.workspace import LOG2E, with_column
 
 
 @torch.library.custom_op("farspan::relative_forward", mutates_args=())
@@ -94,7 +96,7 @@ def relative_backward(
         queries = call.per_key_head(call.queries[rows])
         keys, values, dkeys, dvalues = (call.of(x, heads)[:, block.keys] for x in (call.keys, call.values, dk, dv))
         dvalues.baddbmm_(weights.mT, own[..., :-1])
-        ds = torch.bmm(own, values.mT, out=call.buffers.take("gradients", *weights.shape)).mul_(weights)
+        ds = torch.bmm(own, values.mT, out=call.work.get("gradients", *weights.shape)).mul_(weights)
         dkeys.baddbmm_(ds.mT, queries[..., : k.shape[3]], alpha=1 / LOG2E)
         da[rows] = torch.bmm(ds, keys[..., : call.width]).view(da[rows].shape)
         if dtable is not None:
@@ -120,17 +122,4 @@ def _(do, a, p, k, v, table, beta, *rest):
     return *(x.new_empty(x.shape) for x in (a, p, k, v)), *learned
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.spans, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, do, _):
-    saved = ctx.saved_tensors
-    *gradients, dtable, dbeta = relative_backward(do, *saved, ctx.spans, ctx.window, ctx.scale)
-    learned = (None, None) if saved[5] is None else (dtable, dbeta)
-    return *gradients, *learned, None, None, None
-
-
-relative_forward.register_autograd(_backward, setup_context=_save)
+differentiate(relative_forward, relative_backward)

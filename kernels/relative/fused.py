@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from farspan.kernels.launch import architecture, packed, sum_first
+from farspan.kernels.relative.blocks import fold
 from farspan.kernels.relative.fused_backward import (
     distances_backward_kernel,
     keys_backward_kernel,
@@ -19,11 +20,12 @@ from farspan.kernels.relative.fused_backward import (
 from farspan.kernels.relative.fused_forward import forward_kernel
 from farspan.kernels.relative.fused_plan import key_table, query_table
 from farspan.kernels.relative.fused_tiles import Launch, compilations
+from farspan.kernels.relative.gradients import differentiate
 from farspan.kernels.relative.spans import Span, unflat
+from farspan.kernels.workspace import LOG2E
 
 __all__ = ["compilations", "fused_backward", "fused_forward"]
 
-LOG2E = 1.4426950408889634
 # Programs that a GPU should get at least from the distances' kernel.
 PROGRAMS = 512
 
@@ -104,7 +106,8 @@ def fused_backward(
         *call.inputs, do, lse, delta, dr, dbeta, programs, *call.sizes(programs), *factors, splits, shape[2], *strides,
         **call.launch.constants(tiles[3]),
     )  # fmt: skip
-    return da, dp, dk, dv, _fold(sum_first(dr), table), _fold(sum_first(dbeta), beta)
+    learned = (fold(sum_first(x), like.shape[1]).to(like.dtype) for x, like in ((dr, table), (dbeta, beta)))
+    return da, dp, dk, dv, *learned
 
 
 @fused_backward.register_fake
@@ -113,31 +116,7 @@ def _(do, a, p, k, v, table, beta, *rest):
     return *(x.new_empty(x.shape) for x in (a, p, k, v)), *learned
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.spans, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx, do, _):
-    saved = ctx.saved_tensors
-    *gradients, dtable, dbeta = fused_backward(do, *saved, ctx.spans, ctx.window, ctx.scale)
-    learned = (None, None) if saved[5] is None else (dtable, dbeta)
-    return *gradients, *learned, None, None, None
-
-
-fused_forward.register_autograd(_backward, setup_context=_save)
-
-
-def _fold(found: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Gradients [H, rows, ...] of the distances that occur, as those of `like` [H, L, ...], whose last row is also that
-    of larger distances.
-    """
-    kept = min(found.shape[1], like.shape[1])
-    folded = found.new_zeros(like.shape)
-    folded[:, :kept] = found[:, :kept]
-    folded[:, -1] += found[:, like.shape[1] :].sum(1)
-    return folded.to(like.dtype)
+differentiate(fused_forward, fused_backward)
 
 
 @dataclass(frozen=True)

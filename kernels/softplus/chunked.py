@@ -20,7 +20,8 @@ from itertools import groupby
 import torch
 
 from farspan.kernels.softplus.config import Config
-from farspan.kernels.softplus.tiles import Block, Workspace, backward_block, forward_block
+from farspan.kernels.softplus.tiles import Block, backward_block, forward_block
+from farspan.kernels.workspace import Workspace
 
 # Rows of a block, and scores of a tile: 512 KB of fp32, so that a few tiles stay in a core's cache.
 ROWS = 256

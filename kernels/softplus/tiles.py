@@ -26,6 +26,7 @@ import torch
 
 from farspan.kernels.softplus.config import DEAD, Config
 from farspan.kernels.softplus.maps import LINEAR, apply_map, map_slope
+from farspan.kernels.workspace import Workspace
 
 
 class Tile(NamedTuple):
@@ -72,20 +73,6 @@ class Block:
         """x [units, shared * rows, keys] becomes 0 where the tile is hidden."""
         if tile.mask is not None:
             x.unflatten(1, (self.shared, -1)).mul_(tile.mask)
-
-
-class Workspace:
-    """Buffers by name, kept from block to block: fresh memory costs a page fault for every 4 KB."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        self._like, self._kept = like, {}
-
-    def get(self, name: str | tuple[str, int], *shape: int) -> torch.Tensor:
-        """An uninitialised contiguous tensor, which the next request for the name overwrites."""
-        size = math.prod(shape)
-        if name not in self._kept or len(self._kept[name]) < size:
-            self._kept[name] = self._like.new_empty(size)
-        return self._kept[name][:size].view(shape)
 
 
 class _Scores:

@@ -1,8 +1,5 @@
 """Statistics of a policy that something else has wrapped: DDP, DeepSpeed's ZeRO stages, torch.compile, LoRA."""
 
-import importlib.util
-
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -112,7 +109,6 @@ def test_torch_compile():
         torch.testing.assert_close(again, plain)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed; it is optional")
 def test_lora():
     from peft import LoraConfig, get_peft_model
 
