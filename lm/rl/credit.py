@@ -1,8 +1,8 @@
 """Per-token credit: from what attention shows of a response to the weight gamma of each of its tokens.
 
-    local     preplan tokens, where a locally focused head's reach changes most             (3.1) (3.2)
-    anchor    tokens that later tokens keep attending to through globally focused heads     (3.3) (3.4)
-    coupled   anchors, with part of a dominated anchor's bonus moved to the preplan before  (3.5) - (3.7)
+    local     preplan tokens, where a locally focused head's reach changes most
+    anchor    tokens that later tokens keep attending to through globally focused heads
+    coupled   anchors, with part of a dominated anchor's bonus moved to the preplan before
     uniform, random, entropy   controls: none, random tokens, the tokens of highest entropy
 
 Source: "Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy Optimization",
@@ -87,7 +87,7 @@ def weights(
 
 
 def scaled(advantages: torch.Tensor, gamma: torch.Tensor, sign: str = "both") -> torch.Tensor:
-    """[B, T]: each response's advantage [B] times its tokens' gamma [B, T], where its sign allows (3.8).
+    """[B, T]: each response's advantage [B] times its tokens' gamma [B, T], where its sign allows.
 
     sign: "both" (the camera-ready version), "nonneg" (the first version's text) or "neg".
     """
@@ -97,7 +97,7 @@ def scaled(advantages: torch.Tensor, gamma: torch.Tensor, sign: str = "both") ->
 
 
 def top(score: torch.Tensor, fraction: float, eligible: torch.Tensor, bottom: bool = False) -> torch.Tensor:
-    """bool [B, T]: in each row floor(fraction * eligible + 1/2) of the eligible tokens, those of largest score (2.5).
+    """bool [B, T]: in each row floor(fraction * eligible + 1/2) of the eligible tokens, those of largest score.
 
     Of equal scores the earlier comes first. bottom: of smallest score instead.
     """
@@ -141,7 +141,7 @@ def peaks(score: torch.Tensor, mask: torch.Tensor, fraction: float = 0.25) -> to
 def _couple(
     waad: torch.Tensor, anchors: torch.Tensor, mask: torch.Tensor, credit: CreditSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dominated anchors, bool [B, T] (3.5), and how many of them have their intro at each token, int [B, T] (3.6)."""
+    """Dominated anchors, bool [B, T], and how many of them have their intro at each token, int [B, T]."""
     step, defined = delta(waad, mask, credit.delta_mode)
     near = waad <= threshold(credit.tau_waad, waad, mask)
     enough = threshold(credit.tau_delta, step, defined)
