@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Credit strategies on arithmetic: one warm start, then plain GRPO and the three strategies, five seeds each. Under 45 minutes on two cores.
+# Credit strategies on arithmetic: one warm start, then plain GRPO and the three strategies, five seeds each. 20 minutes on two cores.
 #
 #   benchmarks/rl.sh [folder for the results]
 #

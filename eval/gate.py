@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Errors may be this many times those of the eager path in the same dtype (the rule of flash-attention's tests).
-ALLOWED = 2.0
+# By dtype: how many times the error of the eager path, and how many units in the last place of a tensor's largest
+# value, are allowed. Narrow: the rule of flash-attention's tests, and the rounding of the result. In float32 both paths
+# round every sum, in another order; which is off by more is chance, and at small sizes one may be exact.
+ALLOWED = {torch.bfloat16: (2.0, 0.5), torch.float16: (2.0, 0.5), torch.float32: (3.0, 16.0)}
 EXACT = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
 
@@ -25,14 +27,14 @@ def judge(fast: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: 
     """Compare what a fast path computed with its definition, tensor by tensor.
 
     fast, eager: the same tensors by the fast path and by the definition in the same dtype. exact: by the definition in
-    a wider one. The largest error of each may be twice that of the eager path, or half a unit in the last place of its
-    largest value, which rounding the result costs anybody. NaN fails.
+    a wider one. The largest error of each may be what `ALLOWED` says. NaN fails.
     """
     worst = None
     for name, truth in exact.items():
         scale = max(float(truth.abs().max()), torch.finfo(truth.dtype).tiny)
         ours, theirs = (float((x[name].to(truth.dtype) - truth).abs().max()) / scale for x in (fast, eager))
-        limit = max(ALLOWED * theirs, torch.finfo(fast[name].dtype).eps / 2)
+        times, units = ALLOWED[fast[name].dtype]
+        limit = max(times * theirs, units * torch.finfo(fast[name].dtype).eps)
         excess = ours / limit if ours == ours else float("inf")
         if worst is None or excess > worst[0]:
             worst = excess, Check(ours <= limit, name, ours, theirs)

@@ -52,7 +52,7 @@ def test_a_wrong_layer_gets_no_numbers(monkeypatch):
 def test_the_command_writes_its_files(farspan, tmp_path):
     sizes = ("--tokens", 128, "--width", 32, "--heads", 4, "--rounds", 1, "--ranks", "1,2", "--mixers", "rat")
     status, out, err = farspan("bench", "parallel", *sizes, "--output", tmp_path)
-    assert status == 0, err
+    assert status == 0, out + err
     assert "summaries" in out and {path.suffix for path in tmp_path.iterdir()} == {".json", ".txt", ".png"}
     assert json.loads((tmp_path / "parallel.json").read_text())["ranks"] == [1, 2]
 
