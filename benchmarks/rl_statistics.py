@@ -4,8 +4,9 @@
 
 with the Python that farspan is installed in. A step without its sampling, on one prompt and response: forward, backward
 and AdamW, and before them, where there are several updates to a rollout, a pass for old log-probabilities. Statistics
-are collected from that pass, or where there is none take one of their own. Sides take turns; on a CPU the seconds are
-those of the process. Memory: bytes of tensors that the statistics of one layer hold at most, at each length.
+are collected from that pass, or where there is none from the update's own; beside it, what a pass of their own adds.
+Sides take turns; on a CPU the seconds are those of the process. Memory: bytes of tensors that the statistics of one
+layer hold at most, at each length.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def main() -> None:
         result["steps"].append(row)
         print(
             f"{name}: step {row['step']:.3g} s, with old log-probabilities {row['step_old']:.3g} s; statistics and "
-            f"weights add {row['own_pass']:.1%} in a pass of their own, {row['collected']:.1%} collected",
+            f"weights add {row['collected']:.1%} from that pass, {row['updating']:.1%} from the update's, "
+            f"{row['own_pass']:.1%} in a pass of their own",
             flush=True,
         )
     for name in filter(None, arguments.mixers.split(",")):
@@ -106,30 +108,35 @@ def step_seconds(model: Any, tokens: int, rounds: int, device: torch.device) -> 
         values = {name: getattr(found, name) for name in ("waad", "fai", "fai_count")}
         return weights(credit, response, **values).gamma[:, 128:]
 
-    def update(old: torch.Tensor | None, gamma: torch.Tensor | float) -> None:
-        new = log_probabilities()
-        ratio = (new - (new.detach() if old is None else old)).exp()
+    def step(old: bool, credit_from: str = "") -> None:
+        gamma: torch.Tensor | float = 1.0
+        before = None
+
+        def listen(to: str) -> Any:
+            return collect(model, mask, response) if credit_from == to else nullcontext()
+
+        if old:
+            with torch.no_grad(), listen("old") as collector:
+                before = log_probabilities()
+            if collector:
+                gamma = gamma_of(collector.statistics())
+        if credit_from == "own":
+            gamma = gamma_of(attention_statistics(model, ids, mask, response))
+        with listen("update") as collector:
+            new = log_probabilities()
+        if collector:
+            gamma = gamma_of(collector.statistics())
+        ratio = (new - (new.detach() if before is None else before)).exp()
         (-(gamma * torch.minimum(ratio, ratio.clamp(0.8, 1.2))).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def step(old: bool, credited: bool) -> None:
-        gamma: torch.Tensor | float = 1.0
-        before = None
-        if old:
-            listen = collect(model, mask, response) if credited else nullcontext()
-            with torch.no_grad(), listen as collector:
-                before = log_probabilities()
-            gamma = gamma_of(collector.statistics()) if credited else 1.0
-        elif credited:
-            gamma = gamma_of(attention_statistics(model, ids, mask, response))
-        update(before, gamma)
-
     sides: dict[str, Callable[[], None]] = {
-        "step": lambda: step(False, False),
-        "own_pass": lambda: step(False, True),
-        "step_old": lambda: step(True, False),
-        "collected": lambda: step(True, True),
+        "step": lambda: step(old=False),
+        "updating": lambda: step(old=False, credit_from="update"),
+        "own_pass": lambda: step(old=False, credit_from="own"),
+        "step_old": lambda: step(old=True),
+        "collected": lambda: step(old=True, credit_from="old"),
     }
     sides["step"]()
     watch = stopwatch(device) if device.type == "cuda" else process_seconds
@@ -139,7 +146,8 @@ def step_seconds(model: Any, tokens: int, rounds: int, device: torch.device) -> 
         return statistics.median(a / b for a, b in zip(times[side], times[base], strict=True)) - 1
 
     middle = {name: statistics.median(times[name]) for name in ("step", "step_old")}
-    return {**middle, "own_pass": added("own_pass", "step"), "collected": added("collected", "step_old")}
+    base = {"updating": "step", "own_pass": "step", "collected": "step_old"}
+    return {**middle, **{side: added(side, of) for side, of in base.items()}}
 
 
 def layer_bytes(name: str, length: int, device: torch.device) -> int:

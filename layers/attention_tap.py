@@ -47,6 +47,7 @@ class SoftmaxWeights:
     window: int | None = None
     scale: torch.Tensor | float | None = None
     softcap: float | None = None
+    lse: torch.Tensor | None = None
     backend: str = "auto"
 
     @property
@@ -60,6 +61,7 @@ class SoftmaxWeights:
             window=self.window,
             scale=self.scale,
             softcap=self.softcap,
+            lse=self.lse,
             waad_window=waad_window,
             horizon=horizon,
             backend=self.backend,
@@ -129,9 +131,14 @@ def listening(listener: Listener) -> Iterator[None]:
         _LISTENER = None
 
 
+def listened(state: State | None) -> bool:
+    """Whether `offer` would hand something out: a layer may then keep what it otherwise drops."""
+    return _LISTENER is not None and state is None
+
+
 def offer(mixer: Mixer, sequence: Sequence, state: State | None, build: Callable[[], Weights]) -> None:
     """Hand `build` to the listener, if there is one. Steps and prefills, which have a state, are not handed out."""
-    if _LISTENER is not None and state is None:
+    if listened(state):
         _hand_out(mixer, sequence, build)
 
 

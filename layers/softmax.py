@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from farspan.kernels.softmax import attention_step, softmax_attention, write_slots
+from farspan.kernels.softmax import attention_step, attention_with_lse, softmax_attention, write_slots
 from farspan.layers.attention import Projections
-from farspan.layers.attention_tap import SoftmaxWeights, offer
+from farspan.layers.attention_tap import SoftmaxWeights, listened, offer
 from farspan.layers.mixer import GroupedOptions, Mixed, Mixer, State, register
 from farspan.layers.rotary import Rope
 from farspan.layers.sequence import Sequence
@@ -43,9 +43,14 @@ class Softmax(Mixer):
         self.projections = Projections(options, options.rope, options.qk_norm)
 
     def mix(self, x: torch.Tensor, sequence: Sequence, state: State | None) -> Mixed:
-        q, k, v = self.projections(x, sequence)
-        offer(self, sequence, state, lambda: SoftmaxWeights(q, k, sequence.lengths, backend=self.options.backend))
-        return Mixed(self.projections.merge(self.core(q, k, v, sequence, state)))
+        backend, (q, k, v) = self.options.backend, self.projections(x, sequence)
+        lse = None
+        if listened(state) and sequence.shard is None and q.device.type == "cpu" and backend in ("auto", "chunked"):
+            o, lse = attention_with_lse(q, k, v, sequence.lengths, q.shape[-1] ** -0.5)
+        else:
+            o = self.core(q, k, v, sequence, state)
+        offer(self, sequence, state, lambda: SoftmaxWeights(q, k, sequence.lengths, lse=lse, backend=backend))
+        return Mixed(self.projections.merge(o))
 
     def core(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sequence: Sequence, state: State | None

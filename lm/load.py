@@ -62,8 +62,10 @@ def locate(name: str, tell: bool = True) -> Path | str:
         if tell:
             console.print(f"{name} is no folder here; asking the hub", style="dim", markup=False)
         return name
-    if (path / "config.json").is_file() or is_checkpoint(path):
+    if (path / "config.json").is_file():
         return path
+    if is_checkpoint(path):
+        return _within(path, verify=True)
     if not (path / "recipe.yaml").is_file():
         raise ValueError(
             f"{name} holds no model: an exported folder has config.json, a run folder has recipe.yaml, a checkpoint is "
@@ -83,7 +85,16 @@ def _of_run(run: Path, tell: bool) -> Path:
     chosen = newest or exported.parent
     if tell:
         console.print(f"using {chosen}", style="dim", markup=False)
-    return chosen
+    return _within(chosen)
+
+
+def _within(path: Path, verify: bool = False) -> Path:
+    """What to load of a checkpoint: of an RL run's, the folder of transformers that is in it."""
+    names = ("config.json", "adapter_config.json")
+    inner = next((file.parent for name in names for file in path.glob(f"checkpoint-*/{name}")), None)
+    if inner is not None and verify and (found := checkpoint.problem(path)):
+        raise ValueError(f"checkpoint {path} is not usable ({found}); take another of the same run")
+    return inner or path
 
 
 def is_checkpoint(path: Path | str) -> bool:

@@ -17,7 +17,7 @@ __all__ = ["EffectiveMap", "HeadStatistics", "Moments", "attention_statistics", 
 OPERATOR = declare(
     Operator(
         "attention_statistics",
-        per_head=("q", "k"),
+        per_head=("q", "k", "lse"),
         replicated=("rows", "pieces", "documents", "window", "softcap", "waad_window", "horizon"),
     )
 )
@@ -49,6 +49,7 @@ def attention_statistics(
     window: int | None = None,
     scale: torch.Tensor | float | None = None,
     softcap: float | None = None,
+    lse: torch.Tensor | None = None,
     waad_window: int = 10,
     horizon: tuple[int, int] = (10, 100),
     backend: str = "auto",
@@ -63,12 +64,12 @@ def attention_statistics(
     rows: bool [T], the tokens of responses; keys before them count, rows of prompts do not.
     pieces: tokens of the runs that attention does not leave. documents: what pieces make up, for T(s); pieces if None.
     window: keys that a token sees, itself included. scale: a number or [H]; D ** -0.5 when None. softcap: scores become
-    softcap tanh(score / softcap).
+    softcap tanh(score / softcap). lse: [T, H], of the scores, where the layer has it: saves the chunked form a third.
     waad_window: W, at least 1. horizon: lo and hi, 0 <= lo <= hi.
     Raises ValueError where shapes or numbers disagree. Source: arXiv 2510.13554, sections 3.1 and 3.2.
     """
     documents = pieces if documents is None else documents
-    _check(q, k, rows, pieces, documents, window, waad_window, horizon)
+    _check(q, k, rows, pieces, documents, window, lse, waad_window, horizon)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     choice = choose_backend(OPERATOR, backend, q)
     if choice == "fused":
@@ -80,7 +81,7 @@ def attention_statistics(
     if choice == "reference":
         a, lse = softmax_map(q, k, pieces, window, scale, softcap)
         return HeadStatistics(*statistics_of_map(a, rows, documents, waad_window, horizon), lse)
-    effective = SoftmaxMap(q, k, pieces, documents, window, scale, softcap)
+    effective = SoftmaxMap(q, k, pieces, documents, window, scale, softcap, lse)
     return _chunked(effective, rows, waad_window, horizon)._replace(lse=effective.lse)
 
 
@@ -123,7 +124,7 @@ def check_numbers(waad_window: int, horizon: tuple[int, int]) -> None:
         raise ValueError(f"horizon={tuple(horizon)} must be two numbers of tokens, 0 <= first <= last")
 
 
-def _check(q, k, rows, pieces, documents, window, waad_window, horizon) -> None:
+def _check(q, k, rows, pieces, documents, window, lse, waad_window, horizon) -> None:
     check_numbers(waad_window, horizon)
     shapes = f"q {list(q.shape)}, k {list(k.shape)}"
     if q.ndim != 4 or k.ndim != 4 or q.shape[0] != 1 or k.shape[:2] != q.shape[:2]:
@@ -132,6 +133,8 @@ def _check(q, k, rows, pieces, documents, window, waad_window, horizon) -> None:
         raise ValueError(f"shapes disagree: {shapes}")
     if rows.dtype != torch.bool or rows.shape != q.shape[1:2]:
         raise ValueError(f"rows are {rows.dtype} {list(rows.shape)}; give bool [{q.shape[1]}], true for responses")
+    if lse is not None and lse.shape != q.shape[1:3]:
+        raise ValueError(f"lse is {list(lse.shape)}; give [time, heads], {list(q.shape[1:3])}")
     for name, lengths in (("pieces", pieces), ("documents", documents)):
         if sum(lengths) != q.shape[1] or min(lengths, default=0) < 1:
             raise ValueError(f"{name} of {lengths[:8]} tokens sum to {sum(lengths)}, the row has {q.shape[1]}")

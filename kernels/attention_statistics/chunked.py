@@ -1,8 +1,9 @@
 """The map of softmax attention in linear memory, on any device: its log-sum-exp, its distances, its blocks.
 
-The mean distance of a row is an ordinary attention whose values are the positions, t - E[s], so torch's flash kernel
-gives it together with the log-sum-exp; where there is none (CUDA in fp32, a soft cap) the rows are taken a block at a
-time. With the log-sum-exp any rectangle of the map is exp(s - lse).
+With the log-sum-exp any rectangle of the map is exp(s - lse); where the layer has it, the mean distances of rows are
+summed from such tiles. Where not, the mean distance is an ordinary attention whose values are the positions, t - E[s],
+so torch's flash kernel gives it together with the log-sum-exp; where there is none (CUDA in fp32, a soft cap) the rows
+are taken a block at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ import torch
 from farspan.kernels.attention_statistics.effective import EffectiveMap, Moments, first_tokens
 from farspan.kernels.blocks import attention_block
 from farspan.kernels.window.chunked import _window_forward
+from farspan.kernels.workspace import LOG2E, Workspace, with_column
 
 # Scores of a block of rows, where there is no flash kernel.
 SCORES = 4 * 1024 * 1024
+# Rows, keys and scores at most of a tile of weights: 1 MB of fp32.
+ROWS, KEYS, TILE = 64, 4096, 64 * 4096
 
 
 class SoftmaxMap(EffectiveMap):
@@ -29,9 +33,10 @@ class SoftmaxMap(EffectiveMap):
         window: int | None,
         scale: torch.Tensor | float,
         softcap: float | None,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """q: [1, T, H, D]; k: [1, T, Hk, D]. pieces: tokens of the runs that attention does not leave, of which the
-        documents are made. scale: a number, or [H].
+        documents are made. scale: a number, or [H]. lse: [T, H] of the scores, where it is known, be it roughly.
         """
         wide = torch.promote_types(q.dtype, torch.float32)
         self.documents, self.pieces, self.window, self.softcap = documents, pieces, window, softcap
@@ -42,11 +47,13 @@ class SoftmaxMap(EffectiveMap):
         self.first = first_tokens(pieces, q.device)
         if window is not None:
             self.first = torch.maximum(self.first, at - window + 1)
-        self.at, self.lse = at, None
+        self.at, self.lse = at, None if lse is None else lse.to(wide)
 
     def moments(self) -> Moments:
-        """Also finds `lse`, [T, H]."""
-        if self.device.type == "cpu" and self.softcap is None:
+        """Also finds `lse`, [T, H], where it is not known."""
+        if self.lse is not None and self.softcap is None:
+            mean, self.lse = self._by_lse()
+        elif self.device.type == "cpu" and self.softcap is None:
             mean, self.lse = self._by_flash()
         else:
             mean, self.lse = self._by_rows()
@@ -76,6 +83,39 @@ class SoftmaxMap(EffectiveMap):
             means.append(o[0, :, :, 0].t())
             sums.append(lse[0].t())
         return torch.cat(means), torch.cat(sums)
+
+    def _by_lse(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean position and lse, [T, H]: a tile of the map is one product and an exponential.
+
+        What the layer in half precision is off by is mended by the rows' sums, which otherwise would not be 1.
+        """
+        groups, work = self.k.shape[1], Workspace(self.q)
+        queries = (with_column(self.q, -self.lse) * LOG2E).unflatten(1, (groups, -1)).permute(1, 2, 0, 3).contiguous()
+        keys = with_column(self.k, 1.0).permute(1, 2, 0).contiguous()
+        columns = torch.stack([self._centred, torch.ones_like(self._centred)], dim=1)
+        sums = self.q.new_zeros(*queries.shape[:3], 2)
+        begins, shared = self.first.tolist(), queries.shape[1]
+        for start in range(0, len(self.q), ROWS):
+            stop = min(start + ROWS, len(self.q))
+            rows = shared * (stop - start)
+            hidden = self.at[start:stop] > self.at[start:stop, None]
+            for low in range(begins[start], stop, KEYS):
+                high = min(low + KEYS, stop)
+                edge = min(begins[stop - 1], high)  # left of it, some rows belong to a later piece or window
+                gone = self.at[low:edge] < self.first[start:stop, None] if edge > low else None
+                step = max(1, TILE // (rows * (high - low)))
+                for some in (slice(first, first + step) for first in range(0, groups, step)):
+                    q = queries[some, :, start:stop].reshape(-1, rows, queries.shape[3])
+                    tile = work.get("tile", len(q), rows, high - low)
+                    a = torch.bmm(q, keys[some, :, low:high], out=tile).exp2_().unflatten(1, (shared, -1))
+                    if high > start:
+                        from_ = max(low, start)
+                        a[..., from_ - low :].masked_fill_(hidden[:, from_ - start : high - start], 0.0)
+                    if gone is not None:
+                        a[..., : edge - low].masked_fill_(gone, 0.0)
+                    sums[some, :, start:stop] += a @ columns[low:high]
+        position, mass = sums.flatten(0, 1).transpose(0, 1).unbind(-1)
+        return position / mass, self.lse + mass.log()
 
     def _by_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         means, sums, start = [], [], 0

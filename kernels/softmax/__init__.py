@@ -6,11 +6,11 @@ import torch
 
 from farspan.kernels.operator import Operator, choose_backend, declare
 from farspan.kernels.packing import PrefixState, check_packed, with_prefixes
-from farspan.kernels.softmax.chunked import attention_chunked
+from farspan.kernels.softmax.chunked import attention_chunked, attention_with_lse
 from farspan.kernels.softmax.reference import attention_reference
 from farspan.kernels.softmax.step import attention_step, write_slots
 
-__all__ = ["attention_step", "softmax_attention", "write_slots"]
+__all__ = ["attention_step", "attention_with_lse", "softmax_attention", "write_slots"]
 
 OPERATOR = declare(
     Operator(

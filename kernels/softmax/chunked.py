@@ -2,12 +2,16 @@
 
 SDPA's kernels are the chunked algorithm: linear memory and a hand-written backward, on CPU and CUDA, in every float
 dtype. What is done here is only to hand it documents, and keys that came before the queries.
+
+On CPU SDPA's kernel is `attention_block`, which also tells the log-sum-exp: the same bits, for who wants that.
 """
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from farspan.kernels.blocks import attention_block
 
 # Queries that follow a prefix need a mask; it is built for this many at a time, so that its memory stays linear.
 MASKED_QUERIES = 512
@@ -29,6 +33,19 @@ def attention_chunked(
     totals = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
     documents = zip(q.split(lengths, dim=1), k.split(totals, dim=1), v.split(totals, dim=1), strict=True)
     return torch.cat([_attend(*document, scale) for document in documents], dim=1)
+
+
+def attention_with_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of whole documents on a CPU, with the log-sum-exp of the scores [T, H] (fp32 or wider, no gradients)."""
+    if len(set(lengths)) == 1:
+        parts = [tuple(x.reshape(len(lengths), -1, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))]
+    else:
+        parts = zip(*(x.transpose(1, 2).split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    found = [attention_block(*part, scale, causal=part[0].shape[2] > 1) for part in parts]
+    o, lse = (torch.cat([side.transpose(1, 2).flatten(0, 1) for side in sides]) for sides in zip(*found, strict=True))
+    return o[None], lse
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -112,7 +112,6 @@ class CreditSpec(Section):
     head_scope: Literal["response", "batch", "frozen"] = "response"
     waad_window: Positive = 10
     fai_horizon: tuple[Annotated[int, Field(ge=0)], Positive] = (10, 100)
-    rows_per_device: Positive | None = None  # sequences of one statistics pass; default: update.rows_per_device
 
     @model_validator(mode="after")
     def _meaningful(self) -> CreditSpec:

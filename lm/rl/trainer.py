@@ -4,6 +4,8 @@ What is overridden, and why (tests/test_rl/test_contract.py holds it against the
 
     _generate_and_score_completions     advantages [B] become [B, T]; everything after it is trl's
     _get_per_token_logps_and_entropies  the pass for old log-probabilities is listened to: no other pass is needed
+    _compute_loss                       where there is none, the update's own forward pass is
+    _prepare_inputs                     minibatches are composed alike on any number of ranks
     _generate_single_turn               responses are sampled by `lm/rl/sampling.py`, the same on any number of ranks
     create_scheduler                    the recipe's schedule
     _save_checkpoint, _load_optimizer_and_scheduler   checkpoints that are whole or not there, with the rollout in use
@@ -12,7 +14,6 @@ What is overridden, and why (tests/test_rl/test_contract.py holds it against the
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from farspan.lm.rl.credit import Weights, scaled, weights
 from farspan.lm.rl.metrics import credit_metrics
 from farspan.lm.rl.sampling import response_seed, sample
 from farspan.lm.rl.spec import RLRecipe
-from farspan.lm.rl.statistics import HeadGroups, Options, Statistics, attention_statistics, collect, head_groups
+from farspan.lm.rl.statistics import HeadGroups, Options, Statistics, collect, head_groups
 from farspan.lm.train.schedule import factor
 
 _ROLLOUT = "rollout-{rank}.pt"
@@ -58,6 +59,7 @@ class _CreditTrainer:
         self._frozen: HeadGroups | None = None
         self._heard: Statistics | None = None
         self._listens = False
+        self._uncredited: dict[str, Any] | None = None
         self._last_heads: torch.Tensor | None = None
         self.samples: list[dict[str, Any]] = []
         self._writing: Path | None = None
@@ -101,46 +103,84 @@ class _CreditTrainer:
 
         return unwrap_model_for_generation(self.model_wrapped, self.accelerator)
 
+    def _prepare_inputs(self, generation_batch):
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        number, steps = self._step, self.args.steps_per_generation
+        if self._buffered_inputs is None or number % (steps * self.num_iterations) == 0:
+            from trl.trainer.utils import split_tensor_dict
+
+            rollout = self._generate_and_score_completions(generation_batch)
+            count = len(rollout["completion_ids"])
+            order = self._order(self.accelerator.process_index * count, count).to(rollout["completion_ids"].device)
+            rows = {name: value[order] if value.ndim else value for name, value in rollout.items()}
+            self._buffered_inputs = split_tensor_dict(rows, steps)
+        return self._buffered_inputs[number % steps]
+
+    def _order(self, first: int, count: int) -> torch.Tensor:
+        """Rows first .. first + count of the rollout, minibatch after minibatch.
+
+        Of every run of as many rows as there are minibatches each takes one, by a hash: a rank needs its own rows only.
+        """
+        minibatches, order = self.recipe.update.minibatches, []
+        for start in range(0, count, minibatches):
+            seed = response_seed(self.args.seed, self.rollout_number, first + start, "minibatches")
+            order.append(start + torch.randperm(minibatches, generator=torch.Generator().manual_seed(seed)))
+        return torch.stack(order, dim=1).flatten()
+
     # Credit
 
     def _generate_and_score_completions(self, inputs):
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
-        self._heard, self._listens = None, self.recipe.credit.looks_at_attention
+        credit = self.recipe.credit
+        self._heard, self._listens, self.samples = None, credit.looks_at_attention, []
         try:
             output = super()._generate_and_score_completions(inputs)
+            if self._listens and self._heard is None and self._options().head_scope == "batch":
+                self._score(output)  # heads are ranked by the whole rollout, so the passes of updates come too late
         finally:
             self._listens = False
-        if self.recipe.credit.strategy != "uniform":
-            self._give_credit(output)
+        if credit.strategy != "uniform" and (self._heard is not None or not credit.looks_at_attention):
+            self._give_credit(output, self._heard)
         return output
 
+    def _compute_loss(self, model, inputs):
+        if self.model.training and self.recipe.credit.looks_at_attention and inputs["advantages"].ndim == 1:
+            self._uncredited = inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._uncredited = None
+
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *rest, **options):
+        """The pass of an update gives the credit that its loss is about to use."""
         score = super()._get_per_token_logps_and_entropies
-        if not (self._listens and model is self.model):
+        inputs, self._uncredited = self._uncredited, None
+        if inputs is None and not (self._listens and model is self.model):
             return score(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
-        began = time.perf_counter()
-        with collect(model, attention_mask, _responses(attention_mask, logits_to_keep), self._options()) as listening:
+        responses = _responses(attention_mask, logits_to_keep)
+        with collect(model, attention_mask, responses, self._options()) as listening:
             result = score(model, input_ids, attention_mask, logits_to_keep, *rest, **options)
-        self._heard = self._agreed(listening.statistics())
-        self._metrics["train"]["credit/pass_seconds"].append(time.perf_counter() - began)
+        if inputs is None:
+            self._heard = self._agreed(listening.statistics())
+        else:
+            self._give_credit(inputs, listening.statistics())
         return result
 
-    def _give_credit(self, output: dict[str, Any]) -> None:
+    def _give_credit(self, output: dict[str, Any], statistics: Statistics | None) -> None:
         """Replaces the advantages [B] by [B, T], and logs what was weighted."""
         credit, mask = self.recipe.credit, output["completion_mask"].bool()
         advantages, width = output["advantages"], mask.shape[1]
         given: dict[str, Any] = {}
-        statistics = None
         if credit.strategy == "random":
             first = self.accelerator.process_index * len(mask)
             given["seeds"] = [
                 response_seed(self.args.seed, self.rollout_number, first + row, "credit") for row in range(len(mask))
             ]
         elif credit.strategy == "entropy":
-            given["entropy"] = self._entropies(output)
+            given["entropy"] = self._score(output)[1]
         else:
-            statistics = self._heard or self._own_pass(output)
             given = {name: getattr(statistics, name)[:, -width:] for name in ("waad", "fai", "fai_count")}
         made = weights(credit, mask, **given)
         output["advantages"] = scaled(advantages, made.gamma, credit.sign)
@@ -149,29 +189,6 @@ class _CreditTrainer:
             self._metrics["train"][f"credit/{name}"].append(self._mean_over_ranks(value))
         self._last_heads = heads
         self._keep_samples(output, made, advantages, given)
-
-    def _own_pass(self, output: dict[str, Any]) -> Statistics:
-        """Statistics where no pass for old log-probabilities ran: of the responses with an advantage alone, as gamma
-        changes nothing for the others. Ranks take equally many passes, as ZeRO-3 demands.
-        """
-        began = time.perf_counter()
-        ids, attention, responses = _sequences(output)
-        wanted = output["advantages"] != 0
-        if self.recipe.credit.head_scope == "batch":
-            wanted = torch.ones_like(wanted)  # heads are ranked by all of them
-        rows = wanted.nonzero()[:, 0].tolist()
-        size = self.recipe.credit.rows_per_device or self.args.per_device_train_batch_size
-        size = max(len(rows), 1) if self.recipe.credit.head_scope == "batch" else size
-        passes = max(self.accelerator.gather(torch.tensor([-(-len(rows) // size)], device=ids.device)).max().item(), 1)
-        whole: Statistics | None = None
-        for number in range(passes):
-            chosen = rows[number * size : (number + 1) * size] or [0]
-            part = attention_statistics(
-                self.model, ids[chosen], attention[chosen], responses[chosen], **vars(self._options())
-            )
-            whole = _placed(part, chosen, len(ids), whole)
-        self._metrics["train"]["credit/pass_seconds"].append(time.perf_counter() - began)
-        return self._agreed(whole)
 
     def _options(self) -> Options:
         credit = self.recipe.credit
@@ -190,14 +207,15 @@ class _CreditTrainer:
             self._frozen = HeadGroups(*(heads.cpu() for heads in groups))
         return statistics
 
-    def _entropies(self, output: dict[str, Any]) -> torch.Tensor:
-        ids, attention, _ = _sequences(output)
-        width = output["completion_ids"].shape[1]
+    def _score(self, output: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities and entropies [B, T] of a rollout, without gradients."""
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attention = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        width, rows = output["completion_ids"].shape[1], self.args.per_device_train_batch_size
         with torch.no_grad():
-            _, entropies, _ = self._get_per_token_logps_and_entropies(
-                self.model, ids, attention, width, self.args.per_device_train_batch_size, compute_entropy=True
+            return self._get_per_token_logps_and_entropies(
+                self.model, ids, attention, width, rows, compute_entropy=True
             )
-        return entropies
 
     def _heads(self, statistics: Statistics) -> torch.Tensor:
         """Local and global heads of the batch's mean distances, to see how much the groups move."""
@@ -210,8 +228,7 @@ class _CreditTrainer:
 
     def _keep_samples(self, output, made: Weights, advantages: torch.Tensor, given: dict[str, Any]) -> None:
         """The first responses of the rollout, token by token, for `samples.jsonl`."""
-        self.samples = []
-        for row in range(min(self.recipe.train.keep_samples, len(advantages))):
+        for row in range(min(self.recipe.train.keep_samples - len(self.samples), len(advantages))):
             length = int(output["completion_mask"][row].sum())
             tokens = self._tokenizer.convert_ids_to_tokens(output["completion_ids"][row, :length].tolist())
             values = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
@@ -270,26 +287,8 @@ class _CreditTrainer:
             self._metrics["train"][name] = values
 
 
-def _sequences(output: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, attention mask and response mask [B, P + T] of a rollout."""
-    prompt, response = output["prompt_mask"], output["completion_mask"]
-    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-    attention = torch.cat([prompt, response], dim=1)
-    return ids, attention, _responses(attention, response.shape[1])
-
-
 def _responses(attention_mask: torch.Tensor, width: int) -> torch.Tensor:
     """The attention mask's last `width` columns; 0 before."""
     responses = attention_mask.clone()
     responses[:, : attention_mask.shape[1] - width] = 0
     return responses
-
-
-def _placed(part: Statistics, rows: list[int], batch: int, whole: Statistics | None) -> Statistics:
-    """Statistics of some rows among those of a batch, zeros where there are none yet."""
-    values = {}
-    for name, value in vars(part).items():
-        if isinstance(value, torch.Tensor):
-            into = value.new_zeros(batch, *value.shape[1:]) if whole is None else getattr(whole, name)
-            values[name] = into.index_copy(0, torch.tensor(rows, device=value.device), value)
-    return Statistics(**values, pool=part.pool)

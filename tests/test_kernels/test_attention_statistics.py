@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from farspan.kernels.attention_statistics import EffectiveMap, Moments, attention_statistics, effective_statistics
+from farspan.kernels.attention_statistics import (
+    EffectiveMap,
+    Moments,
+    attention_statistics,
+    chunked,
+    effective_statistics,
+)
 from farspan.kernels.attention_statistics.bands import future_rows
 from farspan.kernels.attention_statistics.reference import statistics_of_map
 from farspan.kernels.window import window_attention
@@ -82,6 +88,22 @@ def test_single_precision_is_within_the_limits(kv_heads, lengths, window):
     compare(found, expected, (1e-4, 5e-5, 1e-6))
     assert (found.lse - expected.lse).abs().max() < 1e-5
     assert not any(x.requires_grad for x in found)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("lengths", [(64, 64, 64), (129,), RAGGED])
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("tiles", [(64, 4096, 2**18), (16, 24, 500)])
+def test_with_the_log_sum_exp_of_the_layer(monkeypatch, kv_heads, lengths, window, tiles):
+    for name, value in zip(("ROWS", "KEYS", "TILE"), tiles, strict=True):
+        monkeypatch.setattr(chunked, name, value)
+    q, k = inputs(lengths, kv_heads=kv_heads)
+    rows = responses(lengths)
+    expected = attention_statistics(q, k, rows, lengths, window=window, backend="reference")
+    options = {"window": window, "backend": "chunked", "lse": expected.lse}
+    compare(attention_statistics(q, k, rows, lengths, **options), expected)
+    found = attention_statistics(q.float(), k.float(), rows, lengths, **options)
+    compare(found, expected, (1e-4, 5e-5, 1e-6))
 
 
 @pytest.mark.parametrize("length", [1, 9, 10, 11, 12])
@@ -274,6 +296,8 @@ def test_what_is_refused():
         attention_statistics(q, k, rows, (20,), horizon=(5, 2))
     with pytest.raises(ValueError, match="bool"):
         attention_statistics(q, k, rows.long(), (20,))
+    with pytest.raises(ValueError, match="lse is"):
+        attention_statistics(q, k, rows, (20,), lse=torch.zeros(q.shape[2], 20))
     with pytest.raises(ValueError, match="pieces"):
         attention_statistics(q, k, rows, (19,))
     with pytest.raises(ValueError, match="shapes disagree"):

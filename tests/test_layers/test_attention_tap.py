@@ -172,6 +172,26 @@ def test_nothing_is_built_where_nobody_listens(name, monkeypatch):
         mixer(torch.randn(1, 1, 32), state=state)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (33, 33)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_computes_the_same_bits_where_somebody_listens(lengths, dtype):
+    torch.manual_seed(0)
+    mixer, sequence = build("softmax", **SHARED, kv_heads=2).to(dtype), Sequence.packed(lengths)
+    x, heard = torch.randn(1, sum(lengths), 32, dtype=dtype, requires_grad=True), []
+    outputs = [mixer(x, sequence).output]
+    with listening(lambda module, build: heard.append(build())):
+        outputs.append(mixer(x, sequence).output)
+    assert torch.equal(*outputs)
+    assert torch.equal(*(torch.autograd.grad(o.float().square().sum(), x)[0] for o in outputs))
+    (weights,) = heard
+    wide = (weights.q.double(), weights.k.double(), lengths, None, weights.q.shape[-1] ** -0.5, None)
+    rows = torch.arange(sum(lengths)) % 3 > 0
+    found = weights.statistics(rows, 10, (10, 100))
+    expected = statistics_of_map(softmax_map(*wide)[0], rows, lengths, 10, (10, 100))
+    for ours, theirs in zip(found, expected[:3], strict=False):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5)
+
+
 def test_one_listener_at_a_time():
     with listening(print), pytest.raises(RuntimeError, match="already"), listening(print):
         pass

@@ -6,6 +6,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from farspan.lm.rl.credit import weights
+from farspan.lm.rl.statistics import attention_statistics
 from farspan.lm.rl.trainer import credit_trainer
 
 
@@ -19,6 +21,8 @@ def test_version():
         ("_generate_and_score_completions", ["self", "inputs"]),
         ("_generate_single_turn", ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]),
         ("_get_per_token_logps_and_entropies", ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("_prepare_inputs", ["self", "generation_batch"]),
         ("_tokenize_prompts", ["self", "prompts"]),
         ("_save_checkpoint", ["self", "model", "trial"]),
         ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
@@ -46,6 +50,7 @@ def test_nothing_of_the_trainer_is_hidden_by_accident():
         "_frozen",
         "_heard",
         "_listens",
+        "_uncredited",
         "_last_heads",
         "_writing",
     }
@@ -86,6 +91,7 @@ def test_the_loss_of_a_fresh_batch(recipe, build, tmp_path, loss):
     """At ratio 1 the objective is the mean of the tokens' advantages, averaged as the loss says."""
     trainer = build(recipe(update={"minibatches": 1, "loss": loss}), tmp_path)
     output = rollout(trainer)
+    measured = trainer._compute_loss(trainer.model, output).item()  # its forward pass gives the credit
     advantages, mask = output["advantages"], output["completion_mask"]
     assert advantages.shape == mask.shape and not advantages.requires_grad
     total = (advantages * mask).sum()
@@ -95,7 +101,40 @@ def test_the_loss_of_a_fresh_batch(recipe, build, tmp_path, loss):
         "dapo": total / output["num_items_in_batch"],
         "dr_grpo": total / (len(mask) * trainer.max_completion_length),
     }
-    assert trainer._compute_loss(trainer.model, output).item() == pytest.approx(-expected[loss].item(), abs=1e-6)
+    assert measured == pytest.approx(-expected[loss].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_credit_of_an_update_is_that_of_a_pass_of_its_own(recipe, build, tmp_path, checkpointing):
+    """Some rows at a time, and with layers that the backward pass computes again."""
+    shape = recipe(update={"minibatches": 1, "rows_per_device": 8}, parallel={"checkpointing": checkpointing})
+    trainer = build(shape, tmp_path)
+    whole = rollout(trainer)
+    plain, width = whole["advantages"], whole["completion_ids"].shape[1]
+    assert plain.ndim == 1 and plain.abs().max() > 0
+    ids = torch.cat([whole["prompt_ids"], whole["completion_ids"]], 1)
+    attention = torch.cat([whole["prompt_mask"], whole["completion_mask"]], 1)
+    response = attention * (torch.arange(ids.shape[1]) >= ids.shape[1] - width)
+    credit = shape.credit
+    found = attention_statistics(trainer.model, ids, attention, response, window=3, horizon=credit.fai_horizon)
+    values = {name: getattr(found, name)[:, -width:] for name in ("waad", "fai", "fai_count")}
+    expected = plain[:, None] * weights(credit, whole["completion_mask"].bool(), **values).gamma
+    mask = whole["completion_mask"].bool()
+    for first in (0, 8):
+        part = {name: value[first : first + 8] if value.ndim else value for name, value in whole.items()}
+        trainer._compute_loss(trainer.model, part).backward()
+        own = mask[first : first + 8]
+        assert torch.equal(part["advantages"][own], expected[first : first + 8][own])
+    assert len(trainer.samples) == 1  # keep_samples, of the first rows
+
+
+def test_minibatches_are_alike_on_any_number_of_ranks(recipe, build, tmp_path):
+    trainer = build(recipe(update={"minibatches": 4}), tmp_path)
+    whole = trainer._order(0, 16).view(4, 4)
+    halves = [first + trainer._order(first, 8).view(4, 2) for first in (0, 8)]
+    assert torch.equal(whole, torch.cat(halves, dim=1)) and sorted(whole.flatten().tolist()) == list(range(16))
+    trainer.state.global_step = 4
+    assert not torch.equal(whole, trainer._order(0, 16).view(4, 4))
 
 
 def gradients(trainer, inputs):

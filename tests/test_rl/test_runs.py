@@ -48,6 +48,26 @@ def test_a_stopped_run_goes_on_with_the_same_bits(recipe, run, weights, records,
     assert [[r[key] for key in kept] for r in records("run")] == [[r[key] for key in kept] for r in records("whole")]
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": {"rank": 2, "targets": ["gate", "up"]}}, {"parallel": {"zero": 3}}])
+def test_a_run_that_is_not_finished_answers(recipe, run, policy, tmp_path, monkeypatch, changes):
+    """The model of a run folder is that of its newest checkpoint, until there is an export."""
+    from farspan.lm.load import load
+
+    assert run(recipe(**changes), faults=[{"point": "step", "step": 4, "do": "terminate"}]) == [0], run.errors
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load("runs/run", device="cpu")
+    ids = torch.tensor([tokenizer("1+2=")["input_ids"]])
+    first, _ = load(str(policy), device="cpu")
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, first(ids).logits)
+    (step,) = (tmp_path / "runs/run/checkpoints").glob("step-*")
+    again, _ = load(str(step), device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    next(step.glob("checkpoint-*/*.safetensors")).write_bytes(b"")
+    with pytest.raises(ValueError, match="is not usable"):
+        load(str(step), device="cpu")
+
+
 def test_writing_answers_may_be_broken_off(recipe, run, weights, told):
     """A stop before the first update of a rollout does not wait for its answers; nothing is lost by that."""
     assert run(recipe(), name="whole") == [0]
@@ -57,9 +77,9 @@ def test_writing_answers_may_be_broken_off(recipe, run, weights, told):
     assert same(weights("whole"), weights("run"))
 
 
-def test_two_processes_equal_one(recipe, run, weights, records):
-    """One update a step: with more, ranks compose their minibatches by themselves."""
-    one = recipe(update={"minibatches": 1, "rows_per_device": 4})
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_two_processes_equal_one(recipe, run, weights, records, minibatches):
+    one = recipe(update={"minibatches": minibatches, "rows_per_device": 4})
     assert run(one, name="one") == [0]
     assert run(one, ranks=2, name="two") == [0, 0], run.errors
     assert [r["reward"] for r in records("two")] == pytest.approx([r["reward"] for r in records("one")])
