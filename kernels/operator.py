@@ -7,11 +7,14 @@ a head dimension, which are the same on every rank, and which are parameters wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 
+P, T = ParamSpec("P"), TypeVar("T")
 BACKENDS = ("auto", "reference", "chunked", "fused")
 
 
@@ -58,6 +61,18 @@ def choose_backend(operator: Operator, requested: str, x: torch.Tensor) -> str:
         instead = " (or TRITON_INTERPRET=1)" if operator.fused == "triton" else f": it is {operator.fused}"
         raise ValueError(f"{operator.name}: backend='fused' needs CUDA tensors{instead}; use backend='auto'")
     return requested
+
+
+def own_precision(function: Callable[P, T]) -> Callable[P, T]:
+    """The operator outside of torch.autocast: it takes tensors as they come, and chooses the dtype of sums itself."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> T:
+        tensors = (x for x in (*arguments, *options.values()) if isinstance(x, torch.Tensor))
+        with torch.autocast(next(tensors).device.type, enabled=False):
+            return function(*arguments, **options)
+
+    return run
 
 
 @lru_cache(maxsize=1)

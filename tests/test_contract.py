@@ -377,6 +377,22 @@ def test_compiled_equals_eager(pattern):
     assert_same(*results, tolerance=1e-6)
 
 
+@mixers
+def test_autocast_reaches_projections_and_no_operator(name):
+    """Parameters stay fp32, no operator mixes dtypes, and gradients are off about as in bf16 throughout."""
+    torch.manual_seed(7)
+    ids, gradients = torch.randint(2, 61, (2, 40)), []
+    for dtype, autocast in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+        model = decoder((name,)).to(dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = model(ids, labels=ids).loss
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        assert all(gradient.dtype == dtype for gradient in found)
+        gradients.append(torch.cat([g.flatten().float() for g in (loss.detach(), *found)]))
+    exact, rounded, narrow = gradients
+    assert (rounded - exact).norm() <= 2 * (narrow - exact).norm()
+
+
 @patterns
 def test_export_and_reload_give_the_same_logits(pattern, tmp_path):
     from transformers import AutoModelForCausalLM

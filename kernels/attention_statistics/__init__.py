@@ -10,7 +10,7 @@ from farspan.kernels.attention_statistics.bands import band_statistics, future_r
 from farspan.kernels.attention_statistics.chunked import SoftmaxMap
 from farspan.kernels.attention_statistics.effective import EffectiveMap, Moments
 from farspan.kernels.attention_statistics.reference import map_of, softmax_map, statistics_of_map
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 
 __all__ = ["EffectiveMap", "HeadStatistics", "Moments", "attention_statistics", "effective_statistics"]
 
@@ -39,6 +39,7 @@ class HeadStatistics(NamedTuple):
 
 
 @torch.no_grad()
+@own_precision
 def attention_statistics(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -86,6 +87,7 @@ def attention_statistics(
 
 
 @torch.no_grad()
+@own_precision
 def effective_statistics(
     effective: EffectiveMap,
     rows: torch.Tensor,

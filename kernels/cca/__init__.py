@@ -12,7 +12,7 @@ from farspan.kernels.cca.chunked import core_attention_chunked
 from farspan.kernels.cca.pieces import Piece, check_pieces, cores_seen, prefix_needed
 from farspan.kernels.cca.pool import pool_chunked
 from farspan.kernels.cca.reference import core_attention_reference, pool_reference
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 
 __all__ = ["Piece", "core_attention", "cores_seen", "pool_groups", "prefix_needed"]
 
@@ -29,6 +29,7 @@ OPERATOR = declare(
 )
 
 
+@own_precision
 def pool_groups(
     q_end: torch.Tensor | None,
     k: torch.Tensor,
@@ -94,6 +95,7 @@ def pool_groups(
     return run(q_end, k, v, pooled_keys, starts, group, core_heads, scale)
 
 
+@own_precision
 def core_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -14,7 +14,7 @@ from farspan.kernels.interval.chunked import interval_chunked
 from farspan.kernels.interval.entries import merge, sorted_rows
 from farspan.kernels.interval.reference import interval_reference
 from farspan.kernels.interval.step import interval_step
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 
 __all__ = ["Intervals", "interval_attention", "interval_step"]
 
@@ -62,6 +62,7 @@ class Intervals:
             raise ValueError(f"reach={self.reach} and length={self.length} must be at least 1")
 
 
+@own_precision
 def interval_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -13,7 +13,7 @@ from farspan.kernels.local_linear.chunked import local_linear_chunked
 from farspan.kernels.local_linear.reference import local_linear_reference
 from farspan.kernels.local_linear.solve import SOLVERS, choose_solver
 from farspan.kernels.local_linear.step import local_linear_step
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 from farspan.kernels.packing import PrefixState, with_prefixes
 
 __all__ = ["Settings", "Statistics", "local_linear_attention", "local_linear_step", "prepared", "two_passes"]
@@ -68,6 +68,7 @@ class Statistics(NamedTuple):
     reach_max: torch.Tensor
 
 
+@own_precision
 def local_linear_attention(
     q: torch.Tensor,
     k: torch.Tensor,

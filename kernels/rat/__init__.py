@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 from farspan.kernels.rat.chunked import rat_chunked
 from farspan.kernels.rat.exchange import Exchange
 from farspan.kernels.rat.reference import rat_reference
@@ -38,6 +38,7 @@ class RatState(NamedTuple):
     values: torch.Tensor
 
 
+@own_precision
 def rat(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 from farspan.kernels.packing import PrefixState, check_packed, with_prefixes
 from farspan.kernels.relative.chunked import relative_backward, relative_forward
 from farspan.kernels.relative.positions import Sinusoid, Table, features, turned
@@ -35,6 +35,7 @@ OPERATOR = declare(
 )
 
 
+@own_precision
 def relative_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 from farspan.kernels.packing import PrefixState, check_packed, with_prefixes
 from farspan.kernels.softmax.chunked import attention_chunked, attention_with_lse
 from farspan.kernels.softmax.reference import attention_reference
@@ -22,6 +22,7 @@ OPERATOR = declare(
 )
 
 
+@own_precision
 def softmax_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 from farspan.kernels.packing import PrefixState, check_packed, with_prefixes
 from farspan.kernels.softplus.chunked import softplus_chunked
 from farspan.kernels.softplus.config import Config
@@ -25,6 +25,7 @@ OPERATOR = declare(
 )
 
 
+@own_precision
 def softplus_attention(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from farspan.kernels.operator import Operator, choose_backend, declare
+from farspan.kernels.operator import Operator, choose_backend, declare, own_precision
 from farspan.kernels.packing import check_packed
 from farspan.kernels.titans.chunked import titans_chunked
 from farspan.kernels.titans.reference import titans_reference
@@ -22,6 +22,7 @@ OPERATOR = declare(
 )
 
 
+@own_precision
 def titans_memory(
     q: torch.Tensor,
     k: torch.Tensor,
