@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from farspan.cli import bench, chat, data, doctor, eval, export, generate, rl, tokenizer, train
+from farspan.cli.allocator import keep_freed_memory
 
 app = typer.Typer(
     name="farspan",
@@ -39,6 +40,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     debug = "--debug" in own
+    keep_freed_memory()
     try:
         app(args=[argument for argument in own if argument != "--debug"] + arguments[len(own) :])
     except (ValueError, OSError) as error:
