@@ -70,8 +70,12 @@ def draw(setting: Setting, length: int, seed: int) -> tuple[torch.Tensor, torch.
 
     In each segment a map W and a centre c, of entries N(0, 1): x = normalize(c + N(0, I) / 2), y = W x.
     """
+    return draw_next(setting, length, torch.Generator().manual_seed(seed))
+
+
+def draw_next(setting: Setting, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next sequence of a generator, as `draw` describes it."""
     channels = setting.channels
-    generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
     inputs, targets = [], []
     for _ in range(length // setting.segment):

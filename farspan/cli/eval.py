@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farspan.cli import eval_extrapolation, eval_needle, eval_recall, eval_regression
+from farspan.cli import eval_extrapolation, eval_in_context_regression, eval_needle, eval_recall, eval_regression
 from farspan.cli.generate import Model
 from farspan.lm.console import console
 
@@ -17,6 +17,7 @@ app.command()(eval_needle.needle)
 app.command()(eval_recall.recall)
 app.command()(eval_extrapolation.extrapolation)
 app.command()(eval_regression.regression)
+app.command()(eval_in_context_regression.in_context_regression)
 
 
 @app.callback()

@@ -85,11 +85,11 @@ class Source(Spec):
 class TaskSpec(Spec):
     """A synthetic task (`lm/data/tasks.py`), whose rows are made when they are needed.
 
-    vocab_size: tokens. items: pairs to recall, tokens to copy selectively, needles. noise: random tokens between the
-    queries of `recall` (else zeros). power: of the law that the distances of its queries follow
+    vocab_size: tokens. items: pairs to recall, tokens to copy selectively, needles, objects to swap. noise: random
+    tokens between the queries of `recall` (else zeros). power: of the law that the distances of its queries follow
     """
 
-    name: Literal["recall", "copy", "selective", "permutations", "regression", "needle"]
+    name: Literal["recall", "copy", "selective", "permutations", "swaps", "regression", "needle"]
     vocab_size: int = Field(default=256, ge=3, le=1_000_000)
     items: int = Field(default=8, ge=1)
     noise: bool = False

@@ -7,6 +7,7 @@ it, -100 where nothing is asked; `chance` is the accuracy of a guess that knows 
     copy          a string, a mark, and the string again
     selective     a few data tokens among noise, then as many marks: the data in their order
     permutations  elements of a symmetric group: after each, the product of all so far
+    swaps         objects in some order, then swaps of two places: after each, what stands at the first of the two
     regression    pairs x, a x + b modulo a prime, with a and b of the row: y after each x from the third pair on
     needle        a key and its value somewhere in filler, then the key again
 
@@ -146,6 +147,20 @@ def _permutations(task: TaskSpec, length: int, draw: Draw) -> tuple[np.ndarray, 
     return tokens, labels
 
 
+def _swaps(task: TaskSpec, length: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    """The objects are tokens 0 .. n - 1; token n + i (n - 1) + j swaps place i with the j-th of the others."""
+    count = task.items
+    standing = draw.order(count)
+    swaps = draw.integers(0, count * (count - 1), length - count)
+    tokens = np.concatenate([standing, count + swaps])
+    labels = np.full(length, IGNORED)
+    for place, (first, other) in enumerate(zip(*np.divmod(swaps, count - 1), strict=True), start=count):
+        second = other + (other >= first)
+        standing[[first, second]] = standing[[second, first]]
+        labels[place] = standing[first]
+    return tokens, labels
+
+
 def _regression(task: TaskSpec, length: int, draw: Draw) -> tuple[np.ndarray, np.ndarray]:
     """Two pairs with different x decide a and b; x is drawn without repetition while there are other values."""
     prime = _prime(task)
@@ -212,6 +227,12 @@ _TASKS = {
         needs=lambda task: 1,
         entries=lambda task: _ORDER,
         answers=lambda task: _ORDER,
+    ),
+    "swaps": _Task(
+        _swaps,
+        needs=lambda task: task.items + 1,
+        entries=lambda task: task.items**2,
+        answers=lambda task: task.items,
     ),
     "regression": _Task(
         _regression,

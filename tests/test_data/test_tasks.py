@@ -9,7 +9,7 @@ from farspan.lm.data.spec import TaskSpec
 from farspan.lm.data.task_loader import TaskLoader, task_batches
 from farspan.lm.data.tasks import chance, check_task, examples
 
-NAMES = ("recall", "copy", "selective", "permutations", "regression", "needle")
+NAMES = ("recall", "copy", "selective", "permutations", "swaps", "regression", "needle")
 LENGTH = 61
 
 
@@ -34,6 +34,15 @@ def answers(name, tokens, vocabulary):
         for place, token in enumerate(tokens):
             state = tuple(group[token][i] for i in state)
             found[place] = group.index(state)
+        return found
+    if name == "swaps":  # where each object stands, by object
+        pairs = [(first, second) for first in range(5) for second in range(5) if first != second]
+        place_of, found = {thing: place for place, thing in enumerate(tokens[:5])}, {}
+        for place, token in enumerate(tokens[5:], start=5):
+            first, second = pairs[token - 5]
+            at = {standing: thing for thing, standing in place_of.items()}
+            place_of[at[first]], place_of[at[second]] = second, first
+            found[place] = at[second]
         return found
     if name == "regression":
         (x0, y0), (x1, y1), prime = tokens[0:2], tokens[2:4], 127
@@ -86,7 +95,8 @@ def test_batches_are_the_same_on_any_ranks_and_held_out_rows_are_others(name):
 
 
 def test_chance():
-    expected = {"recall": 64, "copy": 126, "selective": 126, "permutations": 120, "regression": 127, "needle": 32}
+    expected = {"recall": 64, "copy": 126, "selective": 126, "permutations": 120, "swaps": 5, "regression": 127}
+    expected["needle"] = 32
     assert {name: 1 / chance(spec(name)) for name in NAMES} == pytest.approx(expected)
 
 
@@ -96,6 +106,8 @@ def test_chance():
         ("recall", {"items": 30}, 61, "needs rows of 90 tokens or more, not 61; raise batch.sequence_length"),
         ("needle", {"items": 30}, 61, "needs rows of 121 tokens or more"),
         ("permutations", {"vocab_size": 100}, 61, "needs a vocabulary of 120, data.task.vocab_size is 100; raise it"),
+        ("swaps", {"vocab_size": 24}, 61, "needs a vocabulary of 25, data.task.vocab_size is 24; raise it"),
+        ("swaps", {}, 5, "needs rows of 6 tokens"),
         ("regression", {}, 4, "needs rows of 5 tokens"),
     ],
 )
