@@ -103,9 +103,18 @@ class CoefficientGradients:
         dDa = torch.bmm(dG, own.De.mT).addcmul_(self.f[..., None], own.H[:, None]).mul_(own.Da)
         dDe = torch.baddbmm(self.De, own.Da.mT, dG).mul_(own.De)
         dH = self.H + torch.bmm(self.f[:, None], own.Da)[:, 0]
-        decay = self.A * own.A + dDa.sum(2) - dDa.sum(1)
-        momentum = dH * own.H + dDe.sum(2) - dDe.sum(1)
-        return (*(x.flip(-1).cumsum(-1).flip(-1) for x in (decay, momentum)), self.rate)
+        return _to_logs(self.A * own.A, dDa), _to_logs(dH * own.H, dDe), self.rate
+
+
+def _to_logs(ends: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """Gradients of the logarithms of C factors, [n, C], from those of the logarithms of their products: of the first t
+    factors, ends [n, C]; of the factors i + 1 .. t, products [n, C, C].
+
+    Summed in float64, as the logarithms are: terms cancel, and what rounding leaves of them stays in all gates before.
+    """
+    products = products.double()
+    shares = products.sum(2).sub_(products.sum(1)).add_(ends)
+    return shares.flip(-1).cumsum(-1).flip(-1).to(ends.dtype)
 
 
 def _products(sums: torch.Tensor, above: torch.Tensor) -> torch.Tensor:
