@@ -401,7 +401,8 @@ def test_export_and_reload_give_the_same_logits(pattern, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is DecoderForCausalLM and loaded.config.mixer_pattern == model.config.mixer_pattern
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=1e-5)  # products vary with addresses
 
 
 # Context parallelism: functions that run on every rank, and compare with the whole row there

@@ -51,13 +51,13 @@ class Solved(NamedTuple):
 def choose_solver(solver: str, head_dim: int, iterations: int, dtype: torch.dtype) -> str:
     """`gram` or `cg`: what costs less, from what the host knows.
 
-    The products of the Gram form are those of (head_dim + 1) / 4 iterations on a tile whose weights are kept. `auto`
-    takes it for heads of 64 and less, where `iterations` (high where the ridge is small) may come to more than that,
-    and in float64, which is asked for where results have to be exact.
+    On a CPU the Gram form takes as long as half of head_dim iterations, as many as head_dim at 128. `auto` takes it
+    where the cap `iterations`, high where the ridge is small, allows more, and in float64, which is asked for where
+    results have to be exact.
     """
     if solver != "auto":
         return solver
-    direct = head_dim <= 64 or 4 * iterations > head_dim + 1 or dtype == torch.float64
+    direct = iterations > head_dim * max(head_dim, 64) // 128 or dtype == torch.float64
     return "gram" if direct else "cg"
 
 

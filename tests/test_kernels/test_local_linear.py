@@ -394,9 +394,10 @@ def test_statistics_tell_when_the_cap_is_reached():
 
 
 def test_the_cheaper_solver_is_taken():
-    assert choose_solver("auto", 64, 16, torch.float32) == "gram"
-    assert choose_solver("auto", 128, 16, torch.float32) == "cg"
-    assert choose_solver("auto", 128, 64, torch.float32) == "gram"  # so many iterations are for small ridges
+    assert choose_solver("auto", 16, 16, torch.float32) == "gram"
+    assert choose_solver("auto", 64, 16, torch.float32) == "cg"
+    assert choose_solver("auto", 64, 64, torch.float32) == "gram"  # so many iterations are for small ridges
+    assert choose_solver("auto", 128, 64, torch.float32) == "cg"
     assert choose_solver("auto", 128, 16, torch.float64) == "gram"
     assert choose_solver("cg", 16, 16, torch.float64) == "cg"
 

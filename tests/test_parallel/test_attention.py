@@ -158,17 +158,17 @@ def test_keys_gathered_a_few_heads_at_a_time(run_distributed, layout, heads_at_o
 
 
 def rounding(mesh, dtype, key_heads, lengths):
-    """Errors against float64 of one rank and of the shards (the worst of layouts and methods), and the largest ones."""
+    """Errors against float64 of one rank and of the shards (the worst of layouts and methods), and the largest."""
     inputs = tensors(sum(lengths), key_heads, dtype)
     expected = reference(*inputs, lengths)
-    alone = relative(on_one_rank(*inputs, lengths), expected)
+    one = on_one_rank(*inputs, lengths)
     shards = [
         on_shards(mesh, layout, method, inputs, lengths)
         for layout in ("contiguous", "zigzag")
         for method in ("ring", "gather")
     ]
     worst = torch.tensor([relative(found, expected) for found in shards]).amax(0).tolist()
-    return alone, worst, [largest(found, expected) for found in shards]
+    return relative(one, expected), worst, largest(one, expected), max(largest(found, expected) for found in shards)
 
 
 @pytest.mark.parametrize("lengths", [(120,), (1, 8, 55, 1, 31, 20, 4)], ids=DOCUMENTS)
@@ -179,10 +179,10 @@ def test_rounding_is_that_of_one_rank_and_does_not_grow(run_distributed, dtype, 
 
     Errors are norms over rows of 120 tokens, long enough for ratios that do not depend on the seed: 1.23 at most.
     """
-    alone, two, most = run_distributed(rounding, (2, 1), dtype, key_heads, lengths)[0]
-    _, four, most_of_four = run_distributed(rounding, (4, 1), dtype, key_heads, lengths)[0]
+    alone, two, most, most_of_two = run_distributed(rounding, (2, 1), dtype, key_heads, lengths)[0]
+    _, four, _, most_of_four = run_distributed(rounding, (4, 1), dtype, key_heads, lengths)[0]
     assert all(shards <= 1.5 * one for one, shards in zip(alone, two, strict=True))
     assert all(shards <= 1.5 * one for one, shards in zip(alone, four, strict=True))
     assert all(b <= 1.25 * a for a, b in zip(two, four, strict=True))
     if dtype == torch.float32:
-        assert all(error <= 2e-6 for error in (*most, *most_of_four))
+        assert max(most, most_of_two, most_of_four) <= 5e-6 and max(most_of_two, most_of_four) <= 1.5 * most
