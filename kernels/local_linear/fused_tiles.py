@@ -27,6 +27,13 @@ TILES = {
     (90, 64): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     (90, 128): (Tile(64, 32, 4, 2), Tile(64, 16, 4, 1), Tile(64, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 64, 4, 2)),
 }
+# What other settings than the defaults need instead, by place in the tuple, so that nothing spills.
+OTHER_SETTINGS = {
+    (80, 64): {},
+    (80, 128): {4: Tile(32, 32, 8, 1)},
+    (90, 64): {3: Tile(64, 32, 4, 2)},
+    (90, 128): {0: Tile(128, 16, 8, 1), 4: Tile(16, 64, 4, 2)},
+}
 LARGEST = 128
 
 
@@ -56,7 +63,9 @@ class Launch:
     @property
     def tiles(self) -> tuple[Tile, ...]:
         """Of solve, solve_backward, output, queries_backward, keys_backward."""
-        tiles = TILES[90 if self.arch >= 90 else 80, self._widest]
+        key = (90 if self.arch >= 90 else 80, self._widest)
+        other = OTHER_SETTINGS[key] if self.windowed or self.diagonal or self.absolute or self.rbf else {}
+        tiles = tuple(other.get(place, tile) for place, tile in enumerate(TILES[key]))
         if self.split:
             return tiles
         return tuple(Tile(max(16, t.M // 2), max(16, t.N // 2), t.num_warps, t.stages) for t in tiles)
@@ -129,7 +138,7 @@ ARGUMENTS = {
 
 
 def compilations(head_dim: int, dtype: torch.dtype, arch: str) -> list[Compilation]:
-    """Every kernel as it is launched for 32 query and 8 key heads with the default settings."""
+    """Every kernel as it is launched for 32 query and 8 key heads: with the default settings, and with all others on."""
     types = {name: kind.replace("data", POINTERS[dtype]) for kind, names in ARGUMENTS.items() for name in names.split()}
     shape = (32, 8, head_dim, head_dim, dtype.itemsize, int(arch.removeprefix("sm_")))
 
@@ -140,14 +149,16 @@ def compilations(head_dim: int, dtype: torch.dtype, arch: str) -> list[Compilati
         name = kernel.__name__.removesuffix("_kernel") + suffix
         return Compilation(name, kernel, arguments, constants, warps, multiplies=True)
 
-    launch = Launch(*shape)
-    return [
-        entry(solve_kernel, launch.solve, ""),
-        entry(output_kernel, launch.output, ""),
-        entry(solve_backward_kernel, launch.solve_backward, ""),
-        entry(queries_backward_kernel, launch.queries_backward, ""),
-        *(
-            entry(keys_backward_kernel, constants, f"_{number}")
-            for number, constants in enumerate(launch.keys_backward)
-        ),
-    ]
+    found = []
+    for suffix, launch in (("", Launch(*shape)), ("_all", Launch(*shape, True, True, True, True))):
+        found += [
+            entry(solve_kernel, launch.solve, suffix),
+            entry(output_kernel, launch.output, suffix),
+            entry(solve_backward_kernel, launch.solve_backward, suffix),
+            entry(queries_backward_kernel, launch.queries_backward, suffix),
+            *(
+                entry(keys_backward_kernel, constants, f"_{number}{suffix}")
+                for number, constants in enumerate(launch.keys_backward)
+            ),
+        ]
+    return found
