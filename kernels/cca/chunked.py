@@ -126,7 +126,9 @@ def _attend_backward(
         dq[:, far.queries].add_(shares[0][0])
         dcore_k[..., far.cores].add_(shares[1][0].mT)
         dcore_v[..., far.cores].add_(shares[2][0].mT)
-    by_row = (dq.transpose(0, 1), *(x.permute(2, 0, 1) for x in (dk, dv, dcore_k, dcore_v)))
+    by_row = [dq.transpose(0, 1)]
+    for x in (dk, dv, dcore_k, dcore_v):  # a matrix is transposed faster than what has three dimensions
+        by_row.append(x.flatten(0, 1).T.contiguous().view(-1, *x.shape[:2]))
     return tuple(x[None].to(dtype).contiguous() for x in by_row)
 
 
