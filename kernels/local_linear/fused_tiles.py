@@ -138,7 +138,7 @@ ARGUMENTS = {
 
 
 def compilations(head_dim: int, dtype: torch.dtype, arch: str) -> list[Compilation]:
-    """Every kernel as it is launched for 32 query and 8 key heads: with the default settings, and with all others on."""
+    """Every kernel as it is launched for 32 query and 8 key heads: by the defaults, and with all other settings on."""
     types = {name: kind.replace("data", POINTERS[dtype]) for kind, names in ARGUMENTS.items() for name in names.split()}
     shape = (32, 8, head_dim, head_dim, dtype.itemsize, int(arch.removeprefix("sm_")))
 
