@@ -20,6 +20,8 @@ from farspan.layers.mixer import State, parse_options
 from farspan.layers.softmax import Softmax
 
 BASELINE = "softmax"
+# Tokens to check a mixer at, where its definition holds more than scores: titans' keeps a memory for every token.
+MOST_CHECKED = {"titans": 256}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Side:
     build(): the layer as it is measured; define(): the same function by its definition, with the same parameters.
     baseline: whether it is softmax attention on a kernel of torch; ratios are against the fastest of these.
     trains, decodes: which benchmarks it takes part in. peer: not ours, and left out where it cannot run.
+    most_checked: tokens that its definition can be asked for; None for as many as everybody's.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Side:
     trains: bool = True
     decodes: bool = True
     peer: bool = False
+    most_checked: int | None = None
 
 
 def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> list[Side]:
@@ -53,7 +57,13 @@ def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> li
         options = {**shape, **options}
         parse_options(name, options)
         define = {**options, "backend": "reference"}
-        return Side(text, lambda: build(name, **options), lambda: build(name, **define), baseline=text == BASELINE)
+        return Side(
+            text,
+            lambda: build(name, **options),
+            lambda: build(name, **define),
+            baseline=text == BASELINE,
+            most_checked=MOST_CHECKED.get(name),
+        )
 
     found = [ours(text) for text in dict.fromkeys([BASELINE, *mixers])]
     return found + (_peers(shape) if device.type == "cuda" else [])

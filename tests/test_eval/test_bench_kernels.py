@@ -68,6 +68,16 @@ def test_numbers_follow_from_the_clock(monkeypatch):
     assert softmax["published_ratio"] is None
 
 
+def test_a_costly_definition_is_asked_for_less(monkeypatch):
+    monkeypatch.setitem(peers.MOST_CHECKED, "titans", 17)
+    rows = bench_kernels.bench_kernels(["titans:depth=1"], protocol(), 1)["rows"]
+    assert [(row["name"], row["length"], row["checked_tokens"]) for row in rows] == [
+        ("softmax", 24, 24),
+        ("titans:depth=1", 24, 17),
+    ]
+    assert all(row["documents"] == 1 and len(row["seconds"]) == 1 for row in rows)
+
+
 @pytest.mark.parametrize("forward", [True, False], ids=["result", "gradient"])
 def test_a_wrong_kernel_gets_no_number(bench, monkeypatch, tmp_path, forward):
     monkeypatch.setattr(farspan.kernels.window, "window_chunked", off_by(1.001, forward))
