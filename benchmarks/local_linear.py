@@ -22,13 +22,13 @@ from farspan.eval.bench_kernels import Layer
 from farspan.eval.memory import peak_bytes
 from farspan.eval.report import COLORS, write_report
 from farspan.eval.timing import Work, alternate, median_ratio, stopwatch
-from farspan.kernels.local_linear.solve import Tile, choose_solver, conjugate_gradients
+from farspan.kernels.local_linear.solve import Tile, conjugate_gradients
 from farspan.layers import Sequence, build
 
 # iterations: the cap that the options' page names for a ridge of this size.
 RIDGES = {0.1: 32, 1.0: 16, 10.0: 16}
 HEAD_DIMS = (64, 128)
-DIRECT_RIDGE = 1.0
+DIRECT_RIDGE, DIRECT_HEAD_DIM = 1.0, 64  # where the direct solver has a row too: it takes the same time at any ridge
 BLOCK = 256  # queries whose systems are looked at together
 
 
@@ -58,7 +58,7 @@ def measured(length: int, heads: int, head_dim: int, rounds: int, device: torch.
     x, dy = (torch.randn(1, length, width, device=device) for _ in range(2))
     mixers = {"softmax": build("softmax", width=width, heads=heads)}
     for ridge, cap in RIDGES.items():
-        direct = ridge == DIRECT_RIDGE and choose_solver("auto", head_dim, cap, x.dtype) == "gram"
+        direct = ridge == DIRECT_RIDGE and head_dim <= DIRECT_HEAD_DIM
         for solver in ("gram", "cg") if direct else ("cg",):
             options = {"ridge_init": ridge, "ridge_min": ridge / 2, "iterations": cap, "solver": solver}
             mixers[f"{ridge:g} {solver}"] = build("local_linear", width=width, heads=heads, **options)
