@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What local linear attention is said to be good at, and what it should not help with: associative recall and state tracking, against
 # softmax, RAT and a Titans memory. Trains two layers of one mixer on each task, eight trainings on one thread each, and evaluates them;
-# on two cores about ten minutes for recall and five for state tracking.
+# on two cores about ten minutes for each task.
 #
 #   benchmarks/local_linear_tasks.sh [folder for the results]
 #
@@ -21,10 +21,10 @@ declare -A tasks=(
     [recall]="batch.tokens=4096 batch.sequence_length=32 data.task.vocab_size=64 data.task.items=8 train.steps=750"
     [swaps]="batch.tokens=2048 batch.sequence_length=8 data.task.vocab_size=16 data.task.items=3 train.steps=1200"
 )
-names=(softmax local_linear rat titans)
+names=(local_linear titans rat softmax) # the longest training first
 for task in recall swaps; do
     jobs=()
-    for name in local_linear titans rat softmax; do # the longest first
+    for name in "${names[@]}"; do
         jobs+=("tasks-$task-$name" "model.mixer_pattern=[${mixers[$name]}]" "data.task.name=$task train.validate_every=150 ${tasks[$task]}")
     done
     printf '%s\0' "${jobs[@]}" | xargs -0 -n 3 -P "${WORKERS:-2}" sh -c '"$FARSPAN" train recipes/eval/recall_tiny.yaml --resume \

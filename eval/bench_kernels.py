@@ -75,21 +75,16 @@ def bench_kernels(
         progress(f"{length:,} tokens: checks")
         short = min(length, CHECKED_TOKENS[protocol.device.type])
         if short not in judged:
-            judged[short] = checked(found, lambda side, short=short: check(side, protocol, _checked(side, short)))
+            judged[short] = checked(found, lambda side, short=short: check(side, protocol, side.checked(short)))
         checks, absent = judged[short]
         left_out |= absent
         right = [side for side in found if side.name in checks and checks[side.name].passed]
         measured = _measure(right, protocol, length, rounds, progress)
         for side in found:
             if side.name in checks:
-                tokens, result = _checked(side, short), asdict(checks[side.name])
-                row = {"name": side.name, "length": length, "checked_tokens": tokens, "check": result}
-                rows.append(row | measured.get(side.name, {}))
+                row = {"name": side.name, "length": length, "checked_tokens": side.checked(short)}
+                rows.append(row | {"check": asdict(checks[side.name])} | measured.get(side.name, {}))
     return {"protocol": described(protocol), "rounds": rounds, "left_out": left_out, "rows": rows}
-
-
-def _checked(side: Side, length: int) -> int:
-    return min(length, side.most_checked or length)
 
 
 def steps(protocol: Protocol, rounds: int) -> int:

@@ -43,6 +43,10 @@ class Side:
     peer: bool = False
     most_checked: int | None = None
 
+    def checked(self, length: int) -> int:
+        """At how many tokens documents of this length are checked."""
+        return min(length, self.most_checked or length)
+
 
 def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> list[Side]:
     """`softmax`, the named mixers, and on CUDA the peers that are installed.

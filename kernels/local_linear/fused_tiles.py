@@ -29,7 +29,6 @@ TILES = {
 }
 # What other settings than the defaults need instead, by place in the tuple, so that nothing spills.
 OTHER_SETTINGS = {
-    (80, 64): {},
     (80, 128): {4: Tile(32, 32, 8, 1)},
     (90, 64): {3: Tile(64, 32, 4, 2)},
     (90, 128): {0: Tile(128, 16, 8, 1), 4: Tile(16, 64, 4, 2)},
@@ -64,7 +63,7 @@ class Launch:
     def tiles(self) -> tuple[Tile, ...]:
         """Of solve, solve_backward, output, queries_backward, keys_backward."""
         key = (90 if self.arch >= 90 else 80, self._widest)
-        other = OTHER_SETTINGS[key] if self.windowed or self.diagonal or self.absolute or self.rbf else {}
+        other = OTHER_SETTINGS.get(key, {}) if self.windowed or self.diagonal or self.absolute or self.rbf else {}
         tiles = tuple(other.get(place, tile) for place, tile in enumerate(TILES[key]))
         if self.split:
             return tiles

@@ -18,8 +18,9 @@ from farspan.kernels.titans import (
 )
 from farspan.kernels.titans.fused import uncovered
 
-# float32 rounding, relative to the norm of each result; some of the inputs' gradients are small differences
-TOLERANCE = 2e-5  # of a norm; sums whose terms cancel lose that much, and each CPU orders them otherwise
+# float32 rounding, relative to the norm of each result; some of the inputs' gradients are small differences, and each
+# CPU orders sums otherwise
+TOLERANCE = 2e-5
 
 RAGGED = (17, 1, 16, 3)
 
