@@ -27,14 +27,14 @@ from farspan.layers import Sequence, build
 
 # iterations: the cap that the options' page names for a ridge of this size.
 RIDGES = {0.1: 32, 1.0: 16, 10.0: 16}
-HEAD_DIMS = (64, 128)
-DIRECT_RIDGE, DIRECT_HEAD_DIM = 1.0, 64  # where the direct solver has a row too: it takes the same time at any ridge
+DIRECT_RIDGE = 1.0  # where the direct solver has a row too: it takes the same time at any ridge
 BLOCK = 256  # queries whose systems are looked at together
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", default="1024,2048,4096", help="tokens of a document, separated by commas")
+    parser.add_argument("--head-dims", default="64,128", help="separated by commas")
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device, rows = torch.device(arguments.device), []
     for length in map(int, arguments.lengths.split(",")):
-        for head_dim in HEAD_DIMS:
+        for head_dim in map(int, arguments.head_dims.split(",")):
             rows += measured(length, arguments.heads, head_dim, arguments.rounds, device)
         result = {"heads": arguments.heads, "dtype": "float32", "rounds": arguments.rounds, "rows": rows}
         write_report(arguments.output, "local_linear", result, table(result), picture(result))
@@ -58,8 +58,7 @@ def measured(length: int, heads: int, head_dim: int, rounds: int, device: torch.
     x, dy = (torch.randn(1, length, width, device=device) for _ in range(2))
     mixers = {"softmax": build("softmax", width=width, heads=heads)}
     for ridge, cap in RIDGES.items():
-        direct = ridge == DIRECT_RIDGE and head_dim <= DIRECT_HEAD_DIM
-        for solver in ("gram", "cg") if direct else ("cg",):
+        for solver in ("gram", "cg") if ridge == DIRECT_RIDGE else ("cg",):
             options = {"ridge_init": ridge, "ridge_min": ridge / 2, "iterations": cap, "solver": solver}
             mixers[f"{ridge:g} {solver}"] = build("local_linear", width=width, heads=heads, **options)
     works: dict[str, Work] = {name: work(mixer.to(device), x, dy, sequence) for name, mixer in mixers.items()}
@@ -162,9 +161,10 @@ def picture(result: dict[str, Any]) -> Any:
     """Time and memory against softmax over the length, a panel for each head dim: a matplotlib figure."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, len(HEAD_DIMS), sharex=True, sharey="row")
-    for column, head_dim in enumerate(HEAD_DIMS):
+    head_dims = list(dict.fromkeys(row["head_dim"] for row in result["rows"]))
+    figure = Figure(figsize=(5.5 * len(head_dims), 7), layout="constrained")
+    panels = figure.subplots(2, len(head_dims), sharex=True, sharey="row", squeeze=False)
+    for column, head_dim in enumerate(head_dims):
         own = [row for row in result["rows"] if row["head_dim"] == head_dim]
         for color, kind in zip(COLORS[1:], dict.fromkeys((row["ridge"], row["solver"]) for row in own), strict=False):
             rows = [row for row in own if (row["ridge"], row["solver"]) == kind]

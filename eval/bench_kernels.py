@@ -60,14 +60,20 @@ class Layer(nn.Module):
 
 
 def bench_kernels(
-    mixers: list[str], protocol: Protocol, rounds: int, progress: Callable[[str], None] = lambda _: None
+    mixers: list[str],
+    protocol: Protocol,
+    rounds: int,
+    progress: Callable[[str], None] = lambda _: None,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Seconds, tokens/s, TFLOP/s and peak bytes of each layer at each length, and its speed relative to softmax.
+
+    alone: only the named layers, so that none has a baseline.
 
     A side that fails its check (see `judge`) gets a row with its errors and without numbers. In each round every other
     side runs once. `progress` is called with a line of text `steps(protocol, rounds)` times.
     """
-    found = [side for side in sides(mixers, protocol.width, protocol.heads, protocol.device) if side.trains]
+    found = [side for side in sides(mixers, protocol.width, protocol.heads, protocol.device, alone) if side.trains]
     judged: dict[int, tuple[dict[str, Check], dict[str, str]]] = {}
     left_out: dict[str, str] = {}
     rows = []
@@ -215,7 +221,7 @@ def picture(result: dict[str, Any]) -> Any:
         for axes, value in zip(panels, values, strict=True):
             axes.plot(at, value, "o-", color=color, label=name)
         panels[1].annotate(
-            f" {values[1][-1]:.3g}x",
+            "" if rows[-1]["ratio"] is None else f" {values[1][-1]:.3g}x",
             (at[-1], values[1][-1]),
             color=color,
             va="center",

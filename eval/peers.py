@@ -48,8 +48,8 @@ class Side:
         return min(length, self.most_checked or length)
 
 
-def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> list[Side]:
-    """`softmax`, the named mixers, and on CUDA the peers that are installed.
+def sides(mixers: list[str], width: int, heads: int, device: torch.device, alone: bool = False) -> list[Side]:
+    """`softmax`, the named mixers, and on CUDA the peers that are installed; alone: the named mixers.
 
     mixers: names, each with options of its own if need be: "softplus:power=0" or "rat:chunk=64:groups=4".
     ValueError for an unknown mixer or option.
@@ -69,8 +69,8 @@ def sides(mixers: list[str], width: int, heads: int, device: torch.device) -> li
             most_checked=MOST_CHECKED.get(name),
         )
 
-    found = [ours(text) for text in dict.fromkeys([BASELINE, *mixers])]
-    return found + (_peers(shape) if device.type == "cuda" else [])
+    found = [ours(text) for text in dict.fromkeys(mixers if alone else [BASELINE, *mixers])]
+    return found + (_peers(shape) if device.type == "cuda" and not alone else [])
 
 
 def named_options(text: str) -> tuple[str, dict[str, Any]]:

@@ -15,7 +15,7 @@ from farspan.lm.console import console
 
 app = typer.Typer(no_args_is_help=True)
 
-Mixers = Annotated[str, typer.Option(help="Names, as in rat:chunk=64,window; softmax is always measured.")]
+Mixers = Annotated[str, typer.Option(help="Names, as in rat:chunk=64,window; softmax is measured too.")]
 Heads = Annotated[int | None, typer.Option(min=1, help="8 on CPU, 16 on CUDA.")]
 Width = Annotated[int | None, typer.Option(min=1, help="512 on CPU, 2048 on CUDA.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; what this machine has.")]
@@ -42,6 +42,7 @@ def kernels(
     tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a call; one document on CPU.")] = None,
     backward: Annotated[bool, typer.Option(help="Also the backward pass.")] = True,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; every side runs once in each.")] = 7,
+    alone: Annotated[bool, typer.Option("--alone", help="Only the named layers, without softmax and ratios.")] = False,
     compiled: Annotated[bool | None, typer.Option(help="Run all layers under torch.compile; on CUDA.")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -78,7 +79,7 @@ def kernels(
         cuda if compiled is None else compiled,
     )
     with _progress(steps(protocol, rounds)) as progress:
-        result = bench_kernels(_names(mixers), protocol, rounds, progress)
+        result = bench_kernels(_names(mixers), protocol, rounds, progress, alone)
     _finish(output, "kernels", result, kernels_table(result), picture(result))
 
 

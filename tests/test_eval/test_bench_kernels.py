@@ -78,6 +78,15 @@ def test_a_costly_definition_is_asked_for_less(monkeypatch):
     assert all(row["documents"] == 1 and len(row["seconds"]) == 1 for row in rows)
 
 
+def test_layers_alone_have_no_ratio(bench, tmp_path):
+    arguments = ["--mixers", "window", "--lengths", "24,32", "--rounds", 1, "--alone", "--output", tmp_path]
+    status, out, _ = bench("kernels", *TINY, *arguments)
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert status == 0 and "window" in out and "softmax:" not in out
+    assert [(row["name"], row["length"], row["ratio"]) for row in rows] == [("window", 24, None), ("window", 32, None)]
+    assert (tmp_path / "kernels.png").stat().st_size > 5000
+
+
 @pytest.mark.parametrize("forward", [True, False], ids=["result", "gradient"])
 def test_a_wrong_kernel_gets_no_number(bench, monkeypatch, tmp_path, forward):
     monkeypatch.setattr(farspan.kernels.window, "window_chunked", off_by(1.001, forward))

@@ -41,6 +41,6 @@ def test_the_script_writes_table_and_picture(script, tmp_path, monkeypatch, caps
     rows = json.loads((tmp_path / "local_linear.json").read_text())["rows"]
     assert {(row["length"], row["head_dim"]) for row in rows} == {(16, 64), (16, 128), (24, 64), (24, 128)}
     assert {row["ridge"] for row in rows if row["solver"] == "cg"} == {0.1, 1.0, 10.0}
-    assert [row["head_dim"] for row in rows if row["solver"] == "gram"] == [64, 64]
+    assert [row["head_dim"] for row in rows if row["solver"] == "gram"] == [64, 128, 64, 128]
     assert all(row["peak_bytes"] > 0 and row["median_seconds"] > 0 for row in rows)
     assert "time x softmax" in capsys.readouterr().out and (tmp_path / "local_linear.png").stat().st_size > 5000
