@@ -7,7 +7,8 @@ import torch
 
 from farspan import DecoderForCausalLM
 from farspan.layers import MIXERS
-from farspan.lm.recipe import load_recipe, read_recipe
+from farspan.lm.recipe import load_recipe
+from farspan.lm.recipe_file import read_recipe
 from farspan.lm.rl.spec import RLRecipe
 
 ROOT = Path(__file__).parents[1]

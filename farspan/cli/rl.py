@@ -48,7 +48,7 @@ def train(
 
     Example: `farspan rl train recipes/rl/arithmetic.yaml credit.strategy=anchor --name anchor`
     """
-    from farspan.lm.recipe import read_recipe
+    from farspan.lm.recipe_file import read_recipe
     from farspan.lm.rl.spec import RLRecipe
     from farspan.lm.train import launch
 
@@ -98,7 +98,7 @@ def demonstrations(
 
     Example: `farspan rl demonstrations recipes/rl/arithmetic.yaml -o corpora/arithmetic.jsonl`
     """
-    from farspan.lm.recipe import read_recipe
+    from farspan.lm.recipe_file import read_recipe
     from farspan.lm.rl.spec import GENERATED, RLRecipe
     from farspan.lm.rl.tasks import TRAIN, examples
 

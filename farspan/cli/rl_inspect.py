@@ -73,7 +73,7 @@ def credit_of(overrides: list[str]):
     from pydantic import ValidationError
 
     from farspan.layers.mixer import nearest
-    from farspan.lm.recipe import _one_line
+    from farspan.lm.recipe_file import one_line
     from farspan.lm.rl.spec import CreditSpec
 
     values = {}
@@ -90,4 +90,4 @@ def credit_of(overrides: list[str]):
     try:
         return CreditSpec.model_validate(values)
     except ValidationError as error:
-        raise ValueError(_one_line(error)) from None
+        raise ValueError(one_line(error)) from None
