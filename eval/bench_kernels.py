@@ -22,6 +22,7 @@ CHECKED_TOKENS = {"cpu": 1536, "cuda": 4096}
 # Times as fast as attention, by document length: arXiv 2507.04416, figure 3, chunk 16, width 2048, 16 heads, GH200.
 PUBLISHED = {"rat": {4096: 0.82, 8192: 1.19, 16384: 1.78, 32768: 2.79, 65536: 4.39, 131072: 6.90}}
 PUBLISHED_SHAPE = (2048, 16)
+RATIO = "times as fast as softmax"
 
 
 @dataclass(frozen=True)
@@ -205,31 +206,27 @@ def picture(result: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    panels = figure.subplots(1, 3)
     measured = [row for row in result["rows"] if "seconds" in row]
     names = list(dict.fromkeys(row["name"] for row in measured))
     lengths = sorted({row["length"] for row in measured})
+    shown = {
+        "time of a call, ms": lambda row: 1e3 * row["median_seconds"],
+        RATIO: lambda row: row["ratio"],
+        "peak memory of a call, MB": lambda row: row["peak_bytes"] / 1e6,
+    }
+    if all(row["ratio"] is None for row in measured):
+        del shown[RATIO]
+    figure = Figure(figsize=(4.4 * len(shown), 4.2), layout="constrained")
+    panels = dict(zip(shown, figure.subplots(1, len(shown)), strict=True))
     for name, color in zip(names, COLORS, strict=False):
         rows = sorted((row for row in measured if row["name"] == name), key=lambda row: row["length"])
         at = [row["length"] for row in rows]
-        values = (
-            [1e3 * row["median_seconds"] for row in rows],
-            [row["ratio"] or float("nan") for row in rows],
-            [row["peak_bytes"] / 1e6 for row in rows],
-        )
-        for axes, value in zip(panels, values, strict=True):
-            axes.plot(at, value, "o-", color=color, label=name)
-        panels[1].annotate(
-            "" if rows[-1]["ratio"] is None else f" {values[1][-1]:.3g}x",
-            (at[-1], values[1][-1]),
-            color=color,
-            va="center",
-            xytext=(4, 0),
-            textcoords="offset points",
-        )
-    titles = ("time of a call, ms", "times as fast as softmax", "peak memory of a call, MB")
-    for axes, title in zip(panels, titles, strict=True):
+        for title, value in shown.items():
+            panels[title].plot(at, [value(row) for row in rows], "o-", color=color, label=name)
+        if (last := rows[-1]["ratio"]) is not None:
+            place = {"va": "center", "xytext": (4, 0), "textcoords": "offset points"}
+            panels[RATIO].annotate(f" {last:.3g}x", (at[-1], last), color=color, **place)
+    for title, axes in panels.items():
         axes.set_title(title, loc="left", fontweight="bold")
         axes.set(xscale="log", yscale="log", xlabel="tokens of a document")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30, ha="right")
@@ -238,6 +235,7 @@ def picture(result: dict[str, Any]) -> Any:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.grid(axis="y", color="#e6e6e6")
         axes.spines[["top", "right"]].set_visible(False)
-    panels[1].axhline(1, color="#c0c0c0", linewidth=1, zorder=0)
-    panels[0].legend(frameon=False)
+    if RATIO in panels:
+        panels[RATIO].axhline(1, color="#c0c0c0", linewidth=1, zorder=0)
+    next(iter(panels.values())).legend(frameon=False)
     return figure
