@@ -80,7 +80,9 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    pairs = cos.shape[-1]
-    first, second, rest = x.split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
-    turned = (torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin))
-    return torch.cat([part.to(x.dtype) for part in turned] + ([rest] if rest.shape[-1] else []), dim=-1)
+    pairs, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    scales = [cos, cos] + ([cos.new_ones(*cos.shape[:-1], rest)] if rest else [])
+    turned = x * torch.cat(scales, dim=-1)
+    turned[..., :pairs].addcmul_(x[..., pairs : 2 * pairs], sin, value=-1)
+    turned[..., pairs : 2 * pairs].addcmul_(x[..., :pairs], sin)
+    return turned.to(x.dtype)

@@ -117,18 +117,22 @@ def _attend_backward(
     for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
         for heads in _heads(block, len(q), len(k)):
             _attend_block_backward(work, block, heads, do, q, o, lse, of_tokens, of_cores, scale, core_bias * LOG2E, dq)
+    far_dk, far_dv = torch.zeros_like(core_k), torch.zeros_like(core_v)
     for far in far_blocks(pieces, group, window, parts, len(q) // len(k)):
         far_do, far_q, far_o = (x[None, :, far.queries] for x in (do, q, o))
         far_k, far_v = (x[None, :, far.cores] for x in (core_k, core_v))
         shares = attention_block_backward(
             far_do, far_q, far_k, far_v, far_o, lse[None, :, far.queries] - core_bias, scale
         )
-        dq[:, far.queries].add_(shares[0][0])
-        dcore_k[..., far.cores].add_(shares[1][0].mT)
-        dcore_v[..., far.cores].add_(shares[2][0].mT)
-    by_row = [dq.transpose(0, 1)]
-    for x in (dk, dv, dcore_k, dcore_v):  # a matrix is transposed faster than what has three dimensions
-        by_row.append(x.flatten(0, 1).T.contiguous().view(-1, *x.shape[:2]))
+        for gradient, rows, (share,) in zip(
+            (dq, far_dk, far_dv), (far.queries, far.cores, far.cores), shares, strict=True
+        ):
+            gradient[:, rows].add_(share)
+    # A matrix is transposed faster than what has three dimensions.
+    dk, dv, dcore_k, dcore_v = (
+        x.flatten(0, 1).T.contiguous().view(-1, *x.shape[:2]) for x in (dk, dv, dcore_k, dcore_v)
+    )
+    by_row = dq.transpose(0, 1), dk, dv, dcore_k.add_(far_dk.transpose(0, 1)), dcore_v.add_(far_dv.transpose(0, 1))
     return tuple(x[None].to(dtype).contiguous() for x in by_row)
 
 
@@ -191,7 +195,8 @@ def _scores(buffer: torch.Tensor, keys: Keys, queries: torch.Tensor, k: torch.Te
 
 def _attend(work: Workspace, block: Block, heads: slice, q, k, v, core_k, core_v, scale, bias, o, lse) -> None:
     """Writes o [H, T, D] and lse [H, T] for the block's queries and some heads."""
-    queries = (q[heads, block.queries] * scale).contiguous()
+    rows = heads, block.queries
+    queries = torch.mul(q[rows], scale, out=work.get("queries", *q[rows].shape))
     parts = []
     for name, keys, read, values, added in (
         ("tokens", block.tokens, k, v, 0.0),
@@ -211,8 +216,8 @@ def _attend(work: Workspace, block: Block, heads: slice, q, k, v, core_k, core_v
         p = _per_key_head(p, len(values))
         part = torch.bmm(p, values).view(queries.shape)
         out = part if out is None else out.add_(part)
-    torch.div(out, total, out=o[heads, block.queries])
-    lse[heads, block.queries] = largest.add_(total.log2_()).div_(LOG2E)[..., 0]
+    torch.div(out, total, out=o[rows])
+    lse[rows] = largest.add_(total.log2_()).div_(LOG2E)[..., 0]
 
 
 def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Tensor) -> None:
@@ -229,18 +234,22 @@ def _attend_block_backward(
     gradients [Hk, D, N], for products that yield many keys are faster than those that yield few channels.
     """
     rows = heads, block.queries
-    queries = with_column(q[rows] * (scale * LOG2E), lse[rows] * -LOG2E)
-    own_do = with_column(do[rows], -(do[rows] * o[rows]).sum(-1))
+    own_q, own_do, own_o, own_lse = (x[rows] for x in (q, do, o, lse))
+    queries, gradients = (work.get(name, *own_lse.shape, q.shape[-1] + 1) for name in ("queries", "do"))
+    torch.mul(own_q, scale * LOG2E, out=queries[..., :-1])
+    torch.mul(own_lse, -LOG2E, out=queries[..., -1])
+    gradients[..., :-1] = own_do
+    torch.sum(own_do * own_o, -1, out=gradients[..., -1]).neg_()
     for name, keys, side, added in (("tokens", block.tokens, of_tokens, 0.0), ("cores", block.cores, of_cores, bias)):
         if keys is None:
             continue
         k, v, dk, dv = (_of(x, heads, len(q)) for x in side)
         shape, read = (*queries.shape[:2], keys.count), keys.rows
         p = _per_key_head(_scores(work.get(name, *shape), keys, queries, k, added).exp2_(), len(k))
-        grouped_do, grouped_q = _per_key_head(own_do, len(k)), _per_key_head(queries, len(k))
+        grouped_do, grouped_q = _per_key_head(gradients, len(k)), _per_key_head(queries, len(k))
         share = work.get("share", len(k), dv.shape[1], keys.count)
         dv[..., read].add_(torch.bmm(grouped_do[..., :-1].mT, p, out=share))
-        ds = work.get("gradients", *p.shape)
+        ds = work.get("ds", *p.shape)
         torch.bmm(grouped_do, v[:, read].mT, out=ds).mul_(p)
         dk[..., read].add_(torch.bmm(grouped_q[..., :-1].mT, ds, out=share), alpha=1 / LOG2E)
         dq[rows].add_(torch.bmm(ds, k[:, read, :-1]).view(dq[rows].shape), alpha=scale)
