@@ -1,18 +1,18 @@
 """Attention to cores and near tokens in linear memory, forward and backward, on any device.
 
-The queries of a piece are cut into blocks of about a hundred (`kernels.cca.plan`). A block sees some tokens, of which
-only the edges are masked, and cores, of which only the last are: so many keys for so few queries are where flash
-kernels for CPUs lose half their speed. Its scores lie in buffers for a few heads, one for tokens and one for cores,
-which have their softmax in common. Cores that a thousand queries see together go to torch's flash kernel, which is as
-fast as any for so large blocks; what it gives is merged with the rest by their log-sum-exp.
+Tokens are read by blocks of about a hundred queries (`kernels.cca.plan`), for each query of a block reads as many
+tokens too many, of which the edges are masked. So many keys for so few queries are where flash kernels for CPUs lose
+half their speed: scores lie in buffers for a few heads, which stay in the cache. Cores are read by a thousand queries
+together, through torch's flash kernel, which is as fast as any for so large blocks. The two are merged by their
+log-sum-exp.
 
     forward   o, lse                     saved: q, k, v, cores, o, lse
     backward  p = exp(s - lse) again, then the products
 
-Scores are in base 2, their queries being scaled by log2(e): exp2 keeps its speed where it underflows, which exp on CPU
-does not (by 100 times). In the backward a column of ones beside the keys and values, and one of -lse and -sum(do o)
-beside the queries and their gradients, make the matrix products subtract what passes of their own would. Everything is
-computed in fp32 or wider.
+Scores of tokens are in base 2, their queries being scaled by log2(e): exp2 keeps its speed where it underflows, which
+exp on CPU does not (by 100 times). In the backward a column of ones beside the keys and values, and one of -lse and
+-sum(do o) beside the queries and their gradients, make the matrix products subtract what passes of their own would.
+Everything is computed in fp32 or wider.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 from farspan.kernels.blocks import attention_block, attention_block_backward
 from farspan.kernels.cca.pieces import Piece
-from farspan.kernels.cca.plan import Block, Keys, blocks, far_blocks
+from farspan.kernels.cca.plan import TokenBlock, core_blocks, token_blocks
 from farspan.kernels.workspace import LOG2E, Workspace, with_column
 
 # Scores that a block holds at once, and the heads that it holds them of at most: few calls count for more than what
@@ -69,16 +69,18 @@ def _attend_forward(
     dtype = q.dtype
     q, k, v, core_k, core_v = _by_head(q, k, v, core_k, core_v)
     o = q.new_zeros(1, *q.transpose(0, 1).shape)
-    out, lse = o[0].transpose(0, 1), torch.full(q.shape[:2], math.inf, dtype=q.dtype, device=q.device)
-    work = Workspace(q)
-    for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
-        for heads in _heads(block, len(q), len(k)):
-            _attend(work, block, heads, q, k, v, core_k, core_v, scale * LOG2E, core_bias * LOG2E, out, lse)
-    for far in far_blocks(pieces, group, window, parts, len(q) // len(k)):
-        far_q, far_k, far_v = q[None, :, far.queries], core_k[None, :, far.cores], core_v[None, :, far.cores]
-        part, own = attention_block(far_q, far_k, far_v, scale)
-        _merge(out[:, far.queries], lse[:, far.queries], part[0], own[0] + core_bias)
-    return o.to(dtype), lse
+    out, lse = o[0].transpose(0, 1), torch.full(q.shape[:2], -math.inf, dtype=q.dtype, device=q.device)
+    if parts != "cores":
+        work = Workspace(q)
+        for block in token_blocks(pieces, group, window, len(q) // len(k), q):
+            for heads in _heads(block, len(q), len(k)):
+                _attend(work, block, heads, q, k, v, scale * LOG2E, out, lse)
+    if parts != "raw":
+        for block in core_blocks(pieces, group, window, q):
+            keys = (x[None, :, block.cores] for x in (core_k, core_v))
+            part, own = attention_block(q[None, :, block.queries], *keys, scale, block.mask)
+            _merge(out[:, block.queries], lse[:, block.queries], part[0], own[0] + core_bias)
+    return o.to(dtype), lse.masked_fill_(lse == -math.inf, math.inf)
 
 
 @_attend_forward.register_fake
@@ -105,34 +107,27 @@ def _attend_backward(
     parts: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = q.dtype
-    q, k, v, core_k, core_v = inputs = _by_head(q, k, v, core_k, core_v)
+    q, k, v, core_k, core_v = _by_head(q, k, v, core_k, core_v)
     do, o = (x[0].transpose(0, 1).to(lse.dtype) for x in (do, o))
-    dq = torch.zeros_like(q)
-    dk, dv, dcore_k, dcore_v = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in inputs[1:])
-    of_tokens, of_cores = (
-        (with_column(k, 1.0), with_column(v, 1.0), dk, dv),
-        (with_column(core_k, 1.0), with_column(core_v, 1.0), dcore_k, dcore_v),
-    )
-    work = Workspace(q)
-    for block in blocks(pieces, group, window, parts, len(q) // len(k), q):
-        for heads in _heads(block, len(q), len(k)):
-            _attend_block_backward(work, block, heads, do, q, o, lse, of_tokens, of_cores, scale, core_bias * LOG2E, dq)
-    far_dk, far_dv = torch.zeros_like(core_k), torch.zeros_like(core_v)
-    for far in far_blocks(pieces, group, window, parts, len(q) // len(k)):
-        far_do, far_q, far_o = (x[None, :, far.queries] for x in (do, q, o))
-        far_k, far_v = (x[None, :, far.cores] for x in (core_k, core_v))
-        shares = attention_block_backward(
-            far_do, far_q, far_k, far_v, far_o, lse[None, :, far.queries] - core_bias, scale
-        )
-        for gradient, rows, (share,) in zip(
-            (dq, far_dk, far_dv), (far.queries, far.cores, far.cores), shares, strict=True
-        ):
-            gradient[:, rows].add_(share)
+    dq, dcore_k, dcore_v = (torch.zeros_like(x) for x in (q, core_k, core_v))
+    dk, dv = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (k, v))
+    if parts != "cores":
+        work, ones = Workspace(q), (with_column(k, 1.0), with_column(v, 1.0))
+        for block in token_blocks(pieces, group, window, len(q) // len(k), q):
+            for heads in _heads(block, len(q), len(k)):
+                _attend_block_backward(work, block, heads, do, q, *ones, o, lse, scale, dq, dk, dv)
+    if parts != "raw":
+        for block in core_blocks(pieces, group, window, q):
+            own_do, own_q, own_o = (x[None, :, block.queries] for x in (do, q, o))
+            keys = (x[None, :, block.cores] for x in (core_k, core_v))
+            own_lse = lse[None, :, block.queries] - core_bias
+            shares = attention_block_backward(own_do, own_q, *keys, own_o, own_lse, scale, block.mask)
+            rows = block.queries, block.cores, block.cores
+            for gradient, read, (share,) in zip((dq, dcore_k, dcore_v), rows, shares, strict=True):
+                gradient[:, read].add_(share)
     # A matrix is transposed faster than what has three dimensions.
-    dk, dv, dcore_k, dcore_v = (
-        x.flatten(0, 1).T.contiguous().view(-1, *x.shape[:2]) for x in (dk, dv, dcore_k, dcore_v)
-    )
-    by_row = dq.transpose(0, 1), dk, dv, dcore_k.add_(far_dk.transpose(0, 1)), dcore_v.add_(far_dv.transpose(0, 1))
+    dk, dv = (x.flatten(0, 1).T.contiguous().view(-1, *x.shape[:2]) for x in (dk, dv))
+    by_row = dq.transpose(0, 1), dk, dv, dcore_k.transpose(0, 1), dcore_v.transpose(0, 1)
     return tuple(x[None].to(dtype).contiguous() for x in by_row)
 
 
@@ -163,17 +158,17 @@ def _by_head(q, k, v, core_k, core_v) -> tuple[torch.Tensor, ...]:
     return q, k, v, core_k.contiguous(), core_v.contiguous()
 
 
-def _heads(block: Block, heads: int, key_heads: int) -> Iterator[slice]:
+def _heads(block: TokenBlock, heads: int, key_heads: int) -> Iterator[slice]:
     """Some query heads at a time, with all that share their key heads."""
     share = heads // key_heads
-    keys = max(x.count for x in (block.tokens, block.cores) if x is not None)
-    most = min(HEADS_AT_ONCE, max(1, SCORES // ((block.queries.stop - block.queries.start) * keys)))
+    scores = (block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start)
+    most = min(HEADS_AT_ONCE, max(1, SCORES // scores))
     step = share * max(1, most // share)
     return (slice(head, min(head + step, heads)) for head in range(0, heads, step))
 
 
 def _of(x: torch.Tensor, heads: slice, count: int) -> torch.Tensor:
-    """Of keys or values [Hx, n, C], those that `heads` of `count` query heads read."""
+    """Of keys or values [Hk, n, C], those that `heads` of `count` query heads read."""
     share = count // len(x)
     return x[heads.start // share : -(-heads.stop // share)]
 
@@ -183,41 +178,27 @@ def _per_key_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.view(heads, -1, x.shape[-1])
 
 
-def _scores(buffer: torch.Tensor, keys: Keys, queries: torch.Tensor, k: torch.Tensor, bias: float) -> torch.Tensor:
-    """Writes q k' + bias of queries [H', m, C] and k [Hx', n, C] into buffer [H', m, n], -inf where hidden."""
-    torch.bmm(_per_key_head(queries, len(k)), k[:, keys.rows].mT, out=_per_key_head(buffer, len(k)))
-    if bias:
-        buffer.add_(bias)
-    for columns, mask in keys.edges:
+def _scores(work: Workspace, block: TokenBlock, queries: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q k' of queries [H', m, C] and k [Hk', n, C], as [Hk', H' / Hk' * m, n]; -inf where hidden."""
+    buffer = work.get("scores", *queries.shape[:2], k.shape[1])
+    scores = _per_key_head(buffer, len(k))
+    torch.bmm(_per_key_head(queries, len(k)), k.mT, out=scores)
+    for columns, mask in block.edges:
         buffer[..., columns].add_(mask)
-    return buffer
+    return scores
 
 
-def _attend(work: Workspace, block: Block, heads: slice, q, k, v, core_k, core_v, scale, bias, o, lse) -> None:
+def _attend(work: Workspace, block: TokenBlock, heads: slice, q, k, v, scale: float, o, lse) -> None:
     """Writes o [H, T, D] and lse [H, T] for the block's queries and some heads."""
     rows = heads, block.queries
+    k, v = (_of(x, heads, len(q))[:, block.keys] for x in (k, v))
     queries = torch.mul(q[rows], scale, out=work.get("queries", *q[rows].shape))
-    parts = []
-    for name, keys, read, values, added in (
-        ("tokens", block.tokens, k, v, 0.0),
-        ("cores", block.cores, core_k, core_v, bias),
-    ):
-        if keys is not None:
-            read, values = (_of(x, heads, len(q)) for x in (read, values))
-            buffer = work.get(name, *queries.shape[:2], keys.count)
-            parts.append((_scores(buffer, keys, queries, read, added), values[:, keys.rows]))
-    largest = parts[0][0].amax(-1, keepdim=True)
-    for scores, _ in parts[1:]:
-        largest = torch.maximum(largest, scores.amax(-1, keepdim=True))
-    total, out = 0.0, None
-    for scores, values in parts:
-        p = scores.sub_(largest).exp2_()
-        total = p.sum(-1, keepdim=True) + total
-        p = _per_key_head(p, len(values))
-        part = torch.bmm(p, values).view(queries.shape)
-        out = part if out is None else out.add_(part)
-    torch.div(out, total, out=o[rows])
-    lse[rows] = largest.add_(total.log2_()).div_(LOG2E)[..., 0]
+    p = _scores(work, block, queries, k)
+    largest = p.amax(-1, keepdim=True)
+    total = p.sub_(largest).exp2_().sum(-1, keepdim=True)
+    out = torch.bmm(p, v).div_(total)
+    o[rows] = out.view(queries.shape)
+    lse[rows] = largest.add_(total.log2_()).div_(LOG2E).view(queries.shape[:2])
 
 
 def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Tensor) -> None:
@@ -228,10 +209,10 @@ def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Te
 
 
 def _attend_block_backward(
-    work: Workspace, block: Block, heads: slice, do, q, o, lse, of_tokens, of_cores, scale: float, bias: float, dq
+    work: Workspace, block: TokenBlock, heads: slice, do, q, k, v, o, lse, scale: float, dq, dk, dv
 ) -> None:
-    """Adds the block's share to the gradients. of_tokens, of_cores: keys and values with a column of ones, and their
-    gradients [Hk, D, N], for products that yield many keys are faster than those that yield few channels.
+    """Adds the block's share to dq [H, T, D] and to dk and dv [Hk, D, N]: products that yield many keys are faster than
+    those that yield few channels. k and v have a column of ones.
     """
     rows = heads, block.queries
     own_q, own_do, own_o, own_lse = (x[rows] for x in (q, do, o, lse))
@@ -240,16 +221,12 @@ def _attend_block_backward(
     torch.mul(own_lse, -LOG2E, out=queries[..., -1])
     gradients[..., :-1] = own_do
     torch.sum(own_do * own_o, -1, out=gradients[..., -1]).neg_()
-    for name, keys, side, added in (("tokens", block.tokens, of_tokens, 0.0), ("cores", block.cores, of_cores, bias)):
-        if keys is None:
-            continue
-        k, v, dk, dv = (_of(x, heads, len(q)) for x in side)
-        shape, read = (*queries.shape[:2], keys.count), keys.rows
-        p = _per_key_head(_scores(work.get(name, *shape), keys, queries, k, added).exp2_(), len(k))
-        grouped_do, grouped_q = _per_key_head(gradients, len(k)), _per_key_head(queries, len(k))
-        share = work.get("share", len(k), dv.shape[1], keys.count)
-        dv[..., read].add_(torch.bmm(grouped_do[..., :-1].mT, p, out=share))
-        ds = work.get("ds", *p.shape)
-        torch.bmm(grouped_do, v[:, read].mT, out=ds).mul_(p)
-        dk[..., read].add_(torch.bmm(grouped_q[..., :-1].mT, ds, out=share), alpha=1 / LOG2E)
-        dq[rows].add_(torch.bmm(ds, k[:, read, :-1]).view(dq[rows].shape), alpha=scale)
+    k, v = (_of(x, heads, len(q))[:, block.keys] for x in (k, v))
+    dk, dv = (_of(x, heads, len(q))[..., block.keys] for x in (dk, dv))
+    p = _scores(work, block, queries, k).exp2_()
+    queries, gradients = (_per_key_head(x, len(k)) for x in (queries, gradients))
+    share = work.get("share", *dv.shape)
+    dv.add_(torch.bmm(gradients[..., :-1].mT, p, out=share))
+    ds = torch.bmm(gradients, v.mT, out=work.get("ds", *p.shape)).mul_(p)
+    dk.add_(torch.bmm(queries[..., :-1].mT, ds, out=share), alpha=1 / LOG2E)
+    dq[rows].add_(torch.bmm(ds, k[..., :-1]).view(own_q.shape), alpha=scale)

@@ -1,4 +1,4 @@
-"""How the queries of a piece are cut into blocks, and which cores and tokens each block reads: host arithmetic.
+"""How the queries of a piece are cut into blocks, and which tokens and cores each block reads: host arithmetic.
 
 Blocks begin where a query starts to see one more core, so that all blocks of a kind have the same masks.
 """
@@ -14,92 +14,90 @@ import torch
 from farspan.kernels.blocks import hidden_mask
 from farspan.kernels.cca.pieces import Piece, cores_seen
 
-# Queries of a block: few, for each of them reads as many tokens too many, but enough for fast products.
+# Queries that read their tokens together: few, for each of them reads as many tokens too many, but enough for fast
+# products.
 QUERIES = 128
-# Keys of a block are a multiple of this where its document has as many: rows of scores begin at cache lines.
+# Tokens of a block are a multiple of this where its document has as many: rows of scores begin at cache lines.
 LINE = 16
-# Queries that read the cores which all of them see together, where those are many.
-FAR_QUERIES, FAR_CORES = 1024, 128
+# Queries that read their cores together: fewer of them would be read by all but a few, with a mask for these alone.
+CORE_QUERIES = 1024
+# Cores that all queries of a block see are read apart from those that some see, without a mask, where they are as many.
+MANY_CORES = 128
 
 
-class Keys(NamedTuple):
-    """Rows of the keys (or cores) of which one of a block's queries sees each, and masks for some of their columns."""
+class TokenBlock(NamedTuple):
+    """Rows of q; rows of the keys that one of them sees, one by one; and masks for some of these keys' columns."""
 
-    rows: slice
+    queries: slice
+    keys: slice
     edges: tuple[tuple[slice, torch.Tensor], ...]
 
-    @property
-    def count(self) -> int:
-        return self.rows.stop - self.rows.start
 
-
-class Far(NamedTuple):
-    """Rows of q, and rows of cores that every one of these queries sees."""
+class CoreBlock(NamedTuple):
+    """Rows of q, rows of cores, and an additive mask [queries, cores]; None where every query sees all of them. Each
+    query sees at least one.
+    """
 
     queries: slice
     cores: slice
+    mask: torch.Tensor | None
 
 
-class Block(NamedTuple):
-    """Rows of q, and the tokens and cores that they see but for those of `far_blocks`; None where that is nothing."""
-
-    queries: slice
-    tokens: Keys | None
-    cores: Keys | None
-
-
-def blocks(pieces: list[int], group: int, window: int, parts: str, share: int, like: torch.Tensor) -> Iterator[Block]:
-    """The blocks of all pieces, given as their numbers one after the other: every query that sees anything is in one.
+def token_blocks(pieces: list[int], group: int, window: int, share: int, like: torch.Tensor) -> Iterator[TokenBlock]:
+    """Every query of all pieces, given as their numbers one after the other, with the tokens that it sees.
 
     share: query heads of a key head; the more, the fewer queries make up a block. like: of the masks' dtype and device.
     """
-    step = _steps(max(16, QUERIES // share), group)
+    step, place = _steps(max(16, QUERIES // share), group), (like.dtype, like.device)
+    for piece, row in _with_rows(pieces):
+        before = piece.key + piece.prefix - piece.offset  # from positions to rows of k
+        for start, stop in _cuts(piece.offset, piece.offset + piece.length, step, group + window - 1):
+            begin, edges = group * cores_seen(start, group, window), []
+            come_in = cores_seen(stop - 1, group, window) - begin // group
+            hidden = min(-(stop - begin) % LINE, begin + before - piece.key)
+            if come_in or hidden:
+                phase = start + 1 - window - begin  # below 0 where the first query sees no core yet
+                mask = _pooled_tokens(phase, stop - start, group, hidden, *place)
+                edges.append((slice(0, hidden + group * come_in), mask))
+            begin -= hidden
+            if stop - start > 1:
+                edges.append((slice(start - begin, stop - begin), _future_tokens(stop - start, *place)))
+            yield TokenBlock(slice(row + start, row + stop), slice(before + begin, before + stop), tuple(edges))
+
+
+def core_blocks(pieces: list[int], group: int, window: int, like: torch.Tensor) -> Iterator[CoreBlock]:
+    """Every query that sees cores, with each of them once."""
     origin = group + window - 1  # the first position that sees a core
-    place, query = (like.dtype, like.device), 0
+    step = _steps(CORE_QUERIES, group)
+    for piece, row in _with_rows(pieces):
+        for start, stop in _cuts(max(piece.offset, origin), piece.offset + piece.length, step, origin):
+            queries = slice(row + start, row + stop)
+            first, last = cores_seen(start, group, window), cores_seen(stop - 1, group, window)
+            apart, mask = 0, None
+            if first < last:
+                apart = first - 1 if first > MANY_CORES else 0
+                phase = start + 1 - window - group * first
+                mask = _unseen_cores(phase, stop - start, group, first - apart, like.dtype, like.device)
+            if apart:
+                yield CoreBlock(queries, slice(piece.core, piece.core + apart), None)
+            yield CoreBlock(queries, slice(piece.core + apart, piece.core + last), mask)
+
+
+def _with_rows(pieces: list[int]) -> Iterator[tuple[Piece, int]]:
+    """The pieces, each with what makes of its positions rows of q."""
+    rows = 0
     for numbers in zip(*[iter(pieces)] * len(Piece._fields), strict=True):
         piece = Piece(*numbers)
-        start, end = piece.offset, piece.offset + piece.length
-        if parts == "cores":
-            start = max(start, origin)
-        while start < end:
-            stop = min(end, _following(start, step, origin))
-            tokens = None if parts == "cores" else _tokens(piece, start, stop, group, window, *place)
-            cores = None
-            if parts != "raw" and stop > origin:
-                far = _far_cores(start, step, group, window, parts)
-                cores = _cores(piece, start, stop, far, group, window, *place)
-            shift = query - piece.offset
-            yield Block(slice(start + shift, stop + shift), tokens, cores)
-            start = stop
-        query += piece.length
+        yield piece, rows - piece.offset
+        rows += piece.length
 
 
-def far_blocks(pieces: list[int], group: int, window: int, parts: str, share: int) -> Iterator[Far]:
-    """What `blocks` leaves out: cores that all of a thousand queries see, which need no mask."""
-    step = _steps(max(16, QUERIES // share), group)
-    origin, size, query = group + window - 1, _far_queries(step), 0
-    for numbers in zip(*[iter(pieces)] * len(Piece._fields), strict=True):
-        piece = Piece(*numbers)
-        start, end, shift = max(piece.offset, origin), piece.offset + piece.length, query - piece.offset
-        while start < end:
-            stop = min(end, _following(start, size, origin))
-            if cores := _far_cores(start, step, group, window, parts):
-                yield Far(slice(start + shift, stop + shift), slice(piece.core, piece.core + cores))
-            start = stop
-        query += piece.length
-
-
-def _far_queries(step: int) -> int:
-    return step * max(1, round(FAR_QUERIES / step))
-
-
-def _far_cores(position: int, step: int, group: int, window: int, parts: str) -> int:
-    """How many cores the query at `position`, with the others of its thousand, reads apart from its block."""
-    origin, size = group + window - 1, _far_queries(step)
-    if parts != "both" or position < origin:
-        return 0
-    cores = cores_seen(position - (position - origin) % size, group, window)
-    return cores if cores >= FAR_CORES else 0
+def _cuts(start: int, end: int, step: int, origin: int) -> Iterator[tuple[int, int]]:
+    """Positions start .. end - 1 in blocks of `step`, of which one begins at `origin`."""
+    while start < end:
+        stop = min(end, start + step - (start - origin) % step)
+        yield start, stop
+        start = stop
 
 
 def _steps(queries: int, group: int) -> int:
@@ -107,42 +105,13 @@ def _steps(queries: int, group: int) -> int:
     return queries if group > 2 * queries else group * max(1, round(queries / group))
 
 
-def _following(position: int, step: int, origin: int) -> int:
-    """The next position at which a block of `step` queries begins; `origin` is one."""
-    return position + step - (position - origin) % step
-
-
-def _tokens(piece: Piece, start: int, stop: int, group: int, window: int, *place) -> Keys:
-    """That the queries at positions start .. stop - 1 see one by one."""
-    count, first = stop - start, cores_seen(start, group, window)
-    come_in = cores_seen(stop - 1, group, window) - first
-    begin, edges = group * first, []
-    before = piece.key + piece.prefix - piece.offset  # from positions to rows of k
-    hidden = min(-(stop - begin) % LINE, begin + before - piece.key)
-    begin -= hidden
-    if come_in or hidden:
-        phase = start + 1 - window - group * first  # below 0 where the first query sees no core yet
-        edges.append((slice(0, hidden + group * come_in), _pooled_tokens(phase, count, group, hidden, *place)))
-    if count > 1:
-        edges.append((slice(start - begin, stop - begin), _future_tokens(count, *place)))
-    return Keys(slice(before + begin, before + stop), tuple(edges))
-
-
-def _cores(piece: Piece, start: int, stop: int, far: int, group: int, window: int, *place) -> Keys | None:
-    """That the same queries see, from core `far` on; those that come in after the first query are masked."""
-    first, last = cores_seen(start, group, window), cores_seen(stop - 1, group, window)
-    edges = []
-    if first < last:
-        phase = start + 1 - window - group * first
-        edges.append((slice(first - far, last - far), _unseen_cores(phase, stop - start, group, *place)))
-    return Keys(slice(piece.core + far, piece.core + last), tuple(edges)) if far < last else None
-
-
-@lru_cache(maxsize=64)
-def _unseen_cores(phase: int, count: int, group: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[count, cores that come in]: query i sees the first max(0, floor((phase + i) / group)) of them."""
-    seen = (phase + torch.arange(count, device=device)).div(group, rounding_mode="floor").clamp(min=0)
-    return hidden_mask(torch.arange((phase + count - 1) // group, device=device) >= seen[:, None], dtype)
+@lru_cache(maxsize=16)
+def _unseen_cores(
+    phase: int, count: int, group: int, seen: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """[count, seen + cores that come in]: query i sees the first seen + floor((phase + i) / group) of them."""
+    cores = seen + (phase + torch.arange(count, device=device)).div(group, rounding_mode="floor")
+    return hidden_mask(torch.arange(seen + (phase + count - 1) // group, device=device) >= cores[:, None], dtype)
 
 
 @lru_cache(maxsize=64)

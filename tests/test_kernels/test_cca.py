@@ -232,14 +232,15 @@ def test_block_sizes_change_nothing(monkeypatch, queries, scores, heads):
 
 
 @pytest.mark.parametrize(("kv_heads", "core_heads"), [(1, "q"), (2, "kv"), (4, "q")])
-def test_cores_that_many_queries_share_are_read_apart(monkeypatch, kv_heads, core_heads):
-    """Blocks of a thousand queries shrunk to 16 that share at least 3 cores: several of them, a rest, two documents."""
-    for name, value in (("QUERIES", 8), ("FAR_QUERIES", 16), ("FAR_CORES", 3)):
+@pytest.mark.parametrize("many", [1, 3, 1000])
+def test_cores_are_read_by_many_queries(monkeypatch, kv_heads, core_heads, many):
+    """Blocks of a thousand queries shrunk to 16: several of them, a rest, two documents, with and without mask."""
+    for name, value in (("QUERIES", 8), ("CORE_QUERIES", 16), ("MANY_CORES", many)):
         monkeypatch.setattr(plan, name, value)
-    far = list(plan.far_blocks([97, 0, 0, 0, 0, 53, 0, 0, 97, 24], 4, 7, "both", 4 // kv_heads))
-    assert len(far) >= 3
-    assert far[-1].queries.stop == 150
     given = tensors(150, 4, kv_heads)
+    cores = list(plan.core_blocks([97, 0, 0, 0, 0, 53, 0, 0, 97, 24], 4, 7, given[0]))
+    assert cores[-1].queries.stop == 150
+    assert any(block.mask is None for block in cores) == (many < 1000)
     both(given, lambda backend: attend(*given, 4, 7, (97, 53), backend, core_heads=core_heads, core_bias=0.7))
 
 
