@@ -1,7 +1,7 @@
 """The core of every group, by the significance of its tokens: forward and backward written out, in linear memory.
 
-A few thousand tokens at a time: their groups are gathered, so that they may lie anywhere. The weights are recomputed in
-the backward, which is cheaper than to keep one number per token and head:
+A few thousand tokens at a time. Groups may lie anywhere; on CPU those that follow each other are read in place. The
+weights are recomputed in the backward, which is cheaper than to keep one number per token and head:
 
     w = softmax_r(scale q_e k_r)    core_k = sum_r w_r p_r    core_v = sum_r w_r v_r        p: the keys that are pooled
     dw_r = dcore_k p_r + dcore_v v_r        ds_r = w_r (dw_r - sum_r' w_r' dw_r')
@@ -80,11 +80,15 @@ def _pool_backward(
         dw = a @ sources.mT + b @ values.mT
         ds = scale * weights * (dw - (weights * dw).sum(-1, keepdim=True))
         devaluator[0, groups] = (ds @ keys).flatten(1, 2).to(evaluator.dtype)
-        parts = (dk, ds.mT @ e), (dv, weights.mT @ b), (dpooled, weights.mT @ a)
-        if pooled is None:
-            parts = (dk, parts[0][1] + parts[2][1]), parts[1]
+        if pooled is None:  # keys weigh and are pooled: both shares in one product
+            parts = (dk, torch.cat((ds, weights), dim=2).mT @ torch.cat((e, a), dim=2)), (dv, weights.mT @ b)
+        else:
+            parts = (dk, ds.mT @ e), (dpooled, weights.mT @ a), (dv, weights.mT @ b)
         for gradient, part in parts:
-            gradient[0].index_copy_(0, rows, part.transpose(1, 2).flatten(0, 1).to(gradient.dtype))
+            if isinstance(rows, slice):
+                gradient[0, rows].unflatten(0, (-1, group)).copy_(part.transpose(1, 2))
+            else:
+                gradient[0].index_copy_(0, rows, part.transpose(1, 2).flatten(0, 1).to(gradient.dtype))
     return devaluator, dk, dv, dpooled
 
 
@@ -113,17 +117,25 @@ def _blocks(evaluator, k, v, pooled, starts, group: int):
     pool [m, Hk, group, D], in fp32 or wider.
     """
     wide = torch.promote_types(k.dtype, torch.float32)
-    step, inside = max(1, TOKENS_AT_ONCE // group), torch.arange(group, device=starts.device)
+    step = max(1, TOKENS_AT_ONCE // group)
     for first in range(0, len(starts), step):
         groups = slice(first, first + step)
-        rows = (starts[groups, None] + inside).flatten()
+        rows = _rows(starts[groups], group)
 
-        def gathered(x, rows=rows):
-            return x[0].index_select(0, rows).to(wide).unflatten(0, (-1, group)).transpose(1, 2)
+        def by_group(x, rows=rows):
+            x = x[0, rows] if isinstance(rows, slice) else x[0].index_select(0, rows)
+            return x.unflatten(0, (-1, group)).transpose(1, 2).to(wide).contiguous()
 
-        keys, values = gathered(k), gathered(v)
-        sources = keys if pooled is None else gathered(pooled)
+        keys, values = by_group(k), by_group(v)
+        sources = keys if pooled is None else by_group(pooled)
         yield groups, rows, evaluator[0, groups].to(wide).unflatten(1, (k.shape[2], -1)), keys, values, sources
+
+
+def _rows(starts: torch.Tensor, group: int) -> slice | torch.Tensor:
+    """Of the tokens of some groups, int64; a slice where groups follow each other, if that is known without waiting."""
+    if starts.is_cpu and bool((starts.diff() == group).all()):
+        return slice(int(starts[0]), int(starts[0]) + group * len(starts))
+    return (starts[:, None] + torch.arange(group, device=starts.device)).flatten()
 
 
 def _weights(evaluator: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
