@@ -31,6 +31,8 @@ from farspan.kernels.workspace import LOG2E, Workspace, with_column
 # fits in the cache.
 SCORES = 4 * 1024 * 1024
 HEADS_AT_ONCE = 8
+# exp2 of scores within this bound neither overflows nor vanishes, so that their maximum need not be subtracted.
+BOUND = 60.0
 
 
 def core_attention_chunked(
@@ -71,10 +73,10 @@ def _attend_forward(
     o = q.new_zeros(1, *q.transpose(0, 1).shape)
     out, lse = o[0].transpose(0, 1), torch.full(q.shape[:2], -math.inf, dtype=q.dtype, device=q.device)
     if parts != "cores":
-        work = Workspace(q)
+        work, bounded = Workspace(q), _bounded(q, k, scale * LOG2E)
         for block in token_blocks(pieces, group, window, len(q) // len(k), q):
             for heads in _heads(block, len(q), len(k)):
-                _attend(work, block, heads, q, k, v, scale * LOG2E, out, lse)
+                _attend(work, block, heads, q, k, v, scale * LOG2E, bounded, out, lse)
     if parts != "raw":
         for block in core_blocks(pieces, group, window, q):
             keys = (x[None, :, block.cores] for x in (core_k, core_v))
@@ -188,17 +190,27 @@ def _scores(work: Workspace, block: TokenBlock, queries: torch.Tensor, k: torch.
     return scores
 
 
-def _attend(work: Workspace, block: TokenBlock, heads: slice, q, k, v, scale: float, o, lse) -> None:
+def _bounded(q: torch.Tensor, k: torch.Tensor, scale: float) -> bool:
+    """Whether the norms of queries and keys keep all scores within BOUND; asked on CPU only, for it waits for them."""
+    if not q.is_cpu or not q.numel():
+        return False
+    longest_q, longest_k = (torch.linalg.vector_norm(x, dim=-1).amax() for x in (q, k))
+    return bool(longest_q * longest_k * abs(scale) < BOUND)
+
+
+def _attend(work: Workspace, block: TokenBlock, heads: slice, q, k, v, scale: float, bounded: bool, o, lse) -> None:
     """Writes o [H, T, D] and lse [H, T] for the block's queries and some heads."""
     rows = heads, block.queries
     k, v = (_of(x, heads, len(q))[:, block.keys] for x in (k, v))
     queries = torch.mul(q[rows], scale, out=work.get("queries", *q[rows].shape))
     p = _scores(work, block, queries, k)
-    largest = p.amax(-1, keepdim=True)
-    total = p.sub_(largest).exp2_().sum(-1, keepdim=True)
-    out = torch.bmm(p, v).div_(total)
-    o[rows] = out.view(queries.shape)
-    lse[rows] = largest.add_(total.log2_()).div_(LOG2E).view(queries.shape[:2])
+    largest = 0.0
+    if not bounded:
+        largest = p.amax(-1, keepdim=True)
+        p.sub_(largest)
+    total = p.exp2_().sum(-1, keepdim=True)
+    torch.div(torch.bmm(p, v).view(queries.shape), total.view(*queries.shape[:2], 1), out=o[rows])
+    lse[rows] = total.log2_().add_(largest).div_(LOG2E).view(queries.shape[:2])
 
 
 def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Tensor) -> None:

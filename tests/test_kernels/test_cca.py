@@ -244,6 +244,14 @@ def test_cores_are_read_by_many_queries(monkeypatch, kv_heads, core_heads, many)
     both(given, lambda backend: attend(*given, 4, 7, (97, 53), backend, core_heads=core_heads, core_bias=0.7))
 
 
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+def test_scores_within_and_beyond_the_bound(factor):
+    """Only beyond it are maxima subtracted."""
+    q, k, v = tensors(90, kv_heads=2)
+    assert chunked._bounded(factor * q, k, 0.3) == (factor == 1.0)
+    both((q, k, v), lambda backend: attend(factor * q, k, v, 4, 10, backend=backend) / factor)
+
+
 def test_gradcheck_of_pooling():
     q, k, v = tensors(3, kv_heads=2, head_dim=3)[:1] + tensors(11, kv_heads=2, head_dim=3)[1:]
     pooled = torch.randn_like(k).requires_grad_()
