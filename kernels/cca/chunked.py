@@ -1,6 +1,6 @@
 """Attention to cores and near tokens in linear memory, forward and backward, on any device.
 
-Tokens are read by blocks of about a hundred queries (`kernels.cca.plan`), for each query of a block reads as many
+Tokens are read by blocks of 160 queries (`kernels.cca.plan`), for each query of a block reads as many
 tokens too many, of which the edges are masked. So many keys for so few queries are where flash kernels for CPUs lose
 half their speed: scores lie in buffers for a few heads, which stay in the cache. Cores are read by a thousand queries
 together, through torch's flash kernel, which is as fast as any for so large blocks. The two are merged by their
@@ -70,9 +70,11 @@ def _attend_forward(
     """Returns o [1, T, H, D] and lse [H, T] (fp32, float64 for float64; inf for a query that sees nothing)."""
     dtype = q.dtype
     q, k, v, core_k, core_v = _by_head(q, k, v, core_k, core_v)
-    o = q.new_zeros(1, *q.transpose(0, 1).shape)
+    o = q.new_empty(1, *q.transpose(0, 1).shape)
     out, lse = o[0].transpose(0, 1), torch.full(q.shape[:2], -math.inf, dtype=q.dtype, device=q.device)
-    if parts != "cores":
+    if parts == "cores":
+        o.zero_()
+    else:
         work, bounded = Workspace(q), _bounded(q, k, scale * LOG2E)
         for block in token_blocks(pieces, group, window, len(q) // len(k), q):
             for heads in _heads(block, len(q), len(k)):
@@ -111,7 +113,8 @@ def _attend_backward(
     dtype = q.dtype
     q, k, v, core_k, core_v = _by_head(q, k, v, core_k, core_v)
     do, o = (x[0].transpose(0, 1).to(lse.dtype) for x in (do, o))
-    dq, dcore_k, dcore_v = (torch.zeros_like(x) for x in (q, core_k, core_v))
+    dq = torch.zeros_like(q) if parts == "cores" else torch.empty_like(q)
+    dcore_k, dcore_v = torch.zeros_like(core_k), torch.zeros_like(core_v)
     dk, dv = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (k, v))
     if parts != "cores":
         work, ones = Workspace(q), (with_column(k, 1.0), with_column(v, 1.0))
@@ -223,8 +226,8 @@ def _merge(o: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, own: torch.Te
 def _attend_block_backward(
     work: Workspace, block: TokenBlock, heads: slice, do, q, k, v, o, lse, scale: float, dq, dk, dv
 ) -> None:
-    """Adds the block's share to dq [H, T, D] and to dk and dv [Hk, D, N]: products that yield many keys are faster than
-    those that yield few channels. k and v have a column of ones.
+    """Writes dq [H, T, D] of the block's queries, and adds its share to dk and dv [Hk, D, N]: products that yield many
+    keys are faster than those that yield few channels. k and v have a column of ones.
     """
     rows = heads, block.queries
     own_q, own_do, own_o, own_lse = (x[rows] for x in (q, do, o, lse))
@@ -241,4 +244,4 @@ def _attend_block_backward(
     dv.add_(torch.bmm(gradients[..., :-1].mT, p, out=share))
     ds = torch.bmm(gradients, v.mT, out=work.get("ds", *p.shape)).mul_(p)
     dk.add_(torch.bmm(queries[..., :-1].mT, ds, out=share), alpha=1 / LOG2E)
-    dq[rows].add_(torch.bmm(ds, k[..., :-1]).view(own_q.shape), alpha=scale)
+    torch.mul(torch.bmm(ds, k[..., :-1]).view(own_q.shape), scale, out=dq[rows])

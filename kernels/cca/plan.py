@@ -16,7 +16,7 @@ from farspan.kernels.cca.pieces import Piece, cores_seen
 
 # Queries that read their tokens together: few, for each of them reads as many tokens too many, but enough for fast
 # products.
-QUERIES = 128
+QUERIES = 160
 # Tokens of a block are a multiple of this where its document has as many: rows of scores begin at cache lines.
 LINE = 16
 # Queries that read their cores together: fewer of them would be read by all but a few, with a mask for these alone.
