@@ -51,6 +51,7 @@ def trl_arguments(recipe: RLRecipe, shares: RLShares, scratch: Path) -> Any:
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        ddp_find_unused_parameters=False,  # a decoder uses all of them; looking costs a walk through the graph per step
         deepspeed=_deepspeed(recipe, shares, bf16) if recipe.parallel.zero else None,
     )
 
